@@ -76,10 +76,10 @@ format: .venv/dev.stamp ## let ruff put the code into shape
 	$(BIN)/python -m ruff format .
 
 bench: .venv/dev.stamp ## dray beside its limits and beside what people use instead: tables, outputs/benchmark.json
-	$(BIN)/dray bench --json outputs/benchmark.json --plot outputs/benchmark.png $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks --json outputs/benchmark.json --plot outputs/benchmark.png $(BENCH_ARGS)
 
 bench-peers: .venv/dev.stamp ## environments for what people use instead, in the user's cache; once
-	$(BIN)/dray bench --install-peers
+	$(BIN)/python -m benchmarks --install-peers
 
 simulate: .venv/dev.stamp ## the data plane over simulated sockets and time, a seed for each run (SEEDS=10000, SIMULATE_ARGS)
 	PYTHONPATH=tests $(BIN)/python -m simulation --seeds $(SEEDS) $(SIMULATE_ARGS)

@@ -41,7 +41,7 @@ def write(results: Results, page: Path) -> None:
 
 def marks(section: str) -> tuple[str, str]:
     """The lines before and after a section."""
-    return f"<!-- dray bench: {section} -->", f"<!-- dray bench: end of {section} -->"
+    return f"<!-- benchmarks: {section} -->", f"<!-- benchmarks: end of {section} -->"
 
 
 def _section(name: str, results: Results) -> str:

@@ -28,7 +28,7 @@ class WrongChoice(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What the command line asks for; see `dray bench --help`."""
+    """What the command line asks for; see `python -m benchmarks --help`."""
 
     quick: bool = False
     only: str | None = None

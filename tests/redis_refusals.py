@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 from waiting import wait_until
 
 from dray.jobs.queue import RedisAddress, start_redis
-from dray.jobs.queue.redis_client import RedisClient
+from dray.jobs.queue.connection import RedisClient
 
 CARTPOLE = Path(__file__).parents[1] / "examples" / "cartpole" / "job.toml"
 
@@ -165,9 +165,9 @@ def main() -> int:
     parser.add_argument("--between", type=float, default=0.5, help="seconds before each of them; by default 0.5")
     parser.add_argument("--job", type=Path, default=CARTPOLE, help="the job file; by default that of CartPole")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, start_redis(None, Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as folder, start_redis(Path(folder)) as server:
         output = Path(folder) / secrets.token_hex(4)
-        settings = [f"redis.url={server.url}", "job.plot="]
+        settings = [f"redis.url={server.address.url}", "job.plot="]
         command = [
             sys.executable, "-m", "dray.cli.app", "run", str(options.job), "--output", str(output),
             *(part for setting in settings for part in ("--set", setting)),

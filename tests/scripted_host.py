@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dray.clock import Deadline
-from dray.jobs.launch.job_processes import replica_name
-from dray.jobs.launch.processes import JobProcess
+from dray.jobs.launch.processes import JobProcess, replica_name
 from dray.jobs.messages.models import Role
 
 
@@ -50,7 +49,7 @@ class ScriptedProcess(JobProcess):
 
 
 class ScriptedHost:
-    """A `SupervisorHost` that starts nothing, and keeps what it was asked to start."""
+    """In the place of a `LocalHost`: starts nothing, and keeps what it was asked to start."""
 
     def __init__(self, selector: selectors.BaseSelector) -> None:
         self.lost = False

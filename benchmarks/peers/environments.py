@@ -38,7 +38,7 @@ def interpreter(peer: Peer) -> Path:
         raise NotInstalled(f"the package {peer.needed} is not installed")
     python = place(peer.environment) / "bin" / "python"
     if not (place(peer.environment) / "installed").exists():
-        raise NotInstalled("not installed: dray bench --install-peers")
+        raise NotInstalled("not installed: make bench-peers")
     return python
 
 

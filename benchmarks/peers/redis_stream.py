@@ -72,8 +72,8 @@ class StreamReceiver(_Opened):
     def __init__(self) -> None:
         super().__init__()
         folder = self._opened.enter_context(tempfile.TemporaryDirectory(prefix="dray-bench-"))
-        server = self._opened.enter_context(start_redis(None, Path(folder)))
-        self.url = server.url
+        server = self._opened.enter_context(start_redis(Path(folder)))
+        self.url = server.address.url
         connection = self._opened.enter_context(RedisConnection(server.address))
         self._queue = RolloutConsumer(connection, _KEYS, "policy-0")
         self._queue.attach()

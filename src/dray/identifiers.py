@@ -1,4 +1,4 @@
-"""The numbers that name a payload, as the ring and the protocol both use them."""
+"""Names and numbers of payloads and lanes that several layers share. Nothing heavy is imported for them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ PRODUCER_ID_BYTES: Final = 16
 
 MAX_READERS: Final = 64
 """Readers of one ring; a bit mask of 8 bytes records which of them have consumed a payload."""
+
+MAX_SLOT_BYTES: Final = 1 << 42
+"""Size limit of a slot."""
+
+LANE_NAMES: Final = ("shm", "ucx", "tcp")
+"""The lanes of `dray.transport.lanes.LANES`, best first."""
 
 Wanted: TypeAlias = tuple[int, int, int]
 """(slot, sequence number, reader id) of a payload that a reader asks for."""

@@ -8,13 +8,12 @@ import contextlib
 from fuzz.cursor import Cursor
 
 from dray.errors import ProtocolError
-from dray.jobs.queue import RolloutEntry, keys
-from dray.jobs.queue.redis_client import paired
+from dray.jobs.queue import RolloutEntry
+from dray.jobs.queue.connection import paired
 from dray.protocol import PayloadRef
 
 NAMES = (
-    keys.PRODUCER, keys.SEQUENCE, keys.WEIGHT_VERSION, keys.REPLICA, keys.WORK_ITEM, keys.REFERENCE,
-    keys.PAYLOAD, keys.VERSION,
+    b"producer", b"sequence", b"weight_version", b"replica", b"work_item", b"reference", b"payload", b"version",
 )  # fmt: skip
 _REFERENCE = b'{"p":"00112233445566778899aabbccddeeff","s":3,"q":41,"n":10,"e":["tcp:127.0.0.1:40001"]}'
 
@@ -25,18 +24,18 @@ def fields(values: dict[bytes, bytes]) -> bytes:
 
 
 _ENTRY = {
-    keys.PRODUCER: b"0f" * 16,
-    keys.SEQUENCE: b"7",
-    keys.WEIGHT_VERSION: b"3",
-    keys.REPLICA: b"rollout-0",
-    keys.WORK_ITEM: b"12",
+    b"producer": b"0f" * 16,
+    b"sequence": b"7",
+    b"weight_version": b"3",
+    b"replica": b"rollout-0",
+    b"work_item": b"12",
 }
 SEEDS = [
-    fields({**_ENTRY, keys.REFERENCE: _REFERENCE}),
-    fields({**_ENTRY, keys.PAYLOAD: bytes(20)}),
-    fields({**_ENTRY, keys.PAYLOAD: b"", keys.SEQUENCE: b"18446744073709551616"}),
-    fields({**_ENTRY, keys.REFERENCE: _REFERENCE, keys.WORK_ITEM: b" 1_0"}),
-    fields({**_ENTRY, keys.REFERENCE: b"\xff", keys.REPLICA: b"\xff"}),
+    fields({**_ENTRY, b"reference": _REFERENCE}),
+    fields({**_ENTRY, b"payload": bytes(20)}),
+    fields({**_ENTRY, b"payload": b"", b"sequence": b"18446744073709551616"}),
+    fields({**_ENTRY, b"reference": _REFERENCE, b"work_item": b" 1_0"}),
+    fields({**_ENTRY, b"reference": b"\xff", b"replica": b"\xff"}),
 ]
 
 

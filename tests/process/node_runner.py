@@ -17,8 +17,9 @@ from job_runner import CLASSES, JOB, STOP
 from watched_runs import BOUND, WatchedRun, processes_where
 
 from dray.clock import Deadline
+from dray.jobs.config import SlurmTable
 from dray.jobs.job_file import load_job
-from dray.jobs.slurm.plan import Plan, RoleLayout
+from dray.jobs.slurm.plan import Plan
 
 SECRET = bytes.fromhex("5ec2e7" * 10) + b"xy"
 
@@ -30,20 +31,15 @@ class NodesRun(WatchedRun):
         self,
         folder: Path,
         settings: Sequence[str],
-        policy: RoleLayout,
-        rollout: RoleLayout,
-        interface: str | None,
-        environment: Mapping[str, str],
+        table: SlurmTable,
         job: str | None,
     ) -> None:
         if job is not None:
             (folder / "small.py").write_text(CLASSES)
             (folder / "job.toml").write_text(job)
         super().__init__(folder / "out")
-        config = load_job(folder / "job.toml", ["job.lane=tcp", *settings])
-        plan = Plan(
-            config, folder / "job.toml", self.output, SECRET, policy, rollout, interface, 2, dict(environment)
-        )
+        config = load_job(folder / "job.toml", ["job.lane=tcp", *settings]).model_copy(update={"slurm": table})
+        plan = Plan(config, folder / "job.toml", self.output, SECRET)
         self.plan = plan.write()
         self.replicas = config.policy.replicas + config.rollout.replicas
         tag = secrets.token_hex(3)
@@ -127,16 +123,20 @@ class NodesRun(WatchedRun):
 def nodes_running(
     folder: Path,
     *settings: str,
-    policy: RoleLayout | None = None,
-    rollout: RoleLayout | None = None,
+    policy_nodes: int = 1,
+    rollout_nodes: int = 2,
     interface: str | None = "lo",
     environment: Mapping[str, str] | None = None,
     job: str | None = JOB + STOP,
 ) -> Iterator[NodesRun]:
     """A run, of which no process runs afterwards; without a `job` it is that of the folder."""
-    run = NodesRun(
-        folder, settings, policy or RoleLayout(1), rollout or RoleLayout(2), interface, environment or {}, job
+    table = SlurmTable(
+        policy_nodes=policy_nodes,
+        rollout_nodes=rollout_nodes,
+        interface=interface,
+        environment=dict(environment or {}),
     )
+    run = NodesRun(folder, settings, table, job)
     try:
         yield run
     finally:

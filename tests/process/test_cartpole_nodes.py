@@ -7,8 +7,6 @@ import pytest
 from node_runner import nodes_running, two_machines
 from optional import require
 
-from dray.jobs.slurm.plan import RoleLayout
-
 require("torch", "gymnasium")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cartpole"
 
@@ -23,8 +21,8 @@ def test_two_policy_replicas_average_their_gradients_between_machines(tmp_path: 
         nodes_running(
             folder,
             *settings,
-            policy=RoleLayout(2),
-            rollout=RoleLayout(1, 2),
+            policy_nodes=2,
+            rollout_nodes=1,
             interface=near.interface,
             job=None,
         ) as run,

@@ -220,6 +220,49 @@ def test_payload_that_the_stream_does_not_list_is_reclaimed(tmp_path: Path) -> N
         assert job.summary()["delivery"]["reclaimed"] == 1
 
 
+KEEPING = """
+from dataclasses import replace
+import numpy as np
+import small
+
+class Worker(small.Worker):
+    def rollout(self, work_item):
+        return {**super().rollout(work_item), "frames": np.zeros(1 << 16, np.float32)}
+
+class Trainer(small.Trainer):
+    kept = []
+    def train_step(self, trajectories):
+        self.kept += [each.arrays["frames"] for each in trajectories]
+        return super().train_step(trajectories)
+"""
+
+
+def keeping(tmp_path: Path, *more: str) -> tuple[str, ...]:
+    (tmp_path / "keeping.py").write_text(KEEPING)
+    classes = ("rollout.worker=keeping.py:Worker", "policy.trainer=keeping.py:Trainer")
+    return job_settings(*classes, "rollout.slot_bytes=1048576", "rollout.slots=8", *more)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_trainer_that_keeps_arrays_beyond_its_step_is_named_before_the_rings_are_full(
+    tmp_path: Path, ranks: int
+) -> None:
+    with running(tmp_path, *keeping(tmp_path, "stop.at_least=1e9", f"policy.replicas={ranks}")) as job:
+        job.wait_for("the trainer keeps arrays 'frames' of ")
+        names = [f"policy-{rank}" for rank in range(ranks)]
+        job.wait_until(
+            lambda: all("keeps arrays 'frames' of" in job.log(name) for name in names), "the warning of each rank"
+        )
+        job.process.send_signal(signal.SIGINT)
+        assert job.end(bound=20.0) == 130, job.story()
+
+
+def test_trainer_that_is_given_copies_may_keep_them(tmp_path: Path) -> None:
+    with running(tmp_path, *keeping(tmp_path, "policy.in_place=false")) as job:
+        assert job.end() == 0, job.story()
+        assert "keeps arrays" not in job.text
+
+
 def test_nothing_too_old_is_trained_on_with_admission(tmp_path: Path) -> None:
     settings = job_settings(
         "policy.max_staleness=1", "policy.args.oldest=1", "rollout.args.pause=0.01", "stop.at_least=30"

@@ -47,7 +47,7 @@ def test_z3_stall_clock_begins_with_the_controller_and_not_with_the_imports(
     os.mkfifo(tmp_path / "imports")
     (tmp_path / "slow.py").write_text(
         "import sys\n"
-        "if 'dray.jobs.replica.user_check' in sys.orig_argv:\n"
+        "if 'dray.jobs.replica.entry_points' in sys.orig_argv:\n"
         f"    open({str(tmp_path / 'imports')!r}).read()\n"
         "from small import Worker\n"
     )

@@ -11,9 +11,9 @@ from dray.jobs.queue import KEY_LIFETIME, JobKeys, RedisConnection, start_redis
 
 @pytest.mark.parametrize("transfer", ["reference", pytest.param("inline", marks=pytest.mark.endurance)])
 def test_r1_job_continues_when_a_configured_redis_is_restarted_empty(tmp_path: Path, transfer: str) -> None:
-    with start_redis(None, tmp_path / "redis") as server:
+    with start_redis(tmp_path / "redis") as server:
         settings = job_settings(
-            f"redis.url={server.url}", f"job.transfer={transfer}", "stop.at_least=120", "timeouts.redis=20"
+            f"redis.url={server.address.url}", f"job.transfer={transfer}", "stop.at_least=120", "timeouts.redis=20"
         )
         with running(tmp_path, *settings) as job:
             job.wait_for("  step ")
@@ -36,9 +36,9 @@ return redis.call('XTRIM', KEYS[1], 'MAXLEN', 0)
 def test_job_continues_through_refusals_and_removed_entries_and_leaves_nothing(
     tmp_path: Path, transfer: str
 ) -> None:
-    with start_redis(None, tmp_path / "redis") as server, administrator(server.address) as admin:
+    with start_redis(tmp_path / "redis") as server, administrator(server.address) as admin:
         settings = job_settings(
-            f"redis.url={server.url}", f"job.transfer={transfer}", "stop.at_least=60", "timeouts.redis=20"
+            f"redis.url={server.address.url}", f"job.transfer={transfer}", "stop.at_least=60", "timeouts.redis=20"
         )
         with running(tmp_path, *settings) as job:
             job.wait_for("  step ")
@@ -66,8 +66,8 @@ def test_job_continues_through_refusals_and_removed_entries_and_leaves_nothing(
 
 
 def test_a_server_that_is_of_no_use_ends_the_run_with_one_line_before_anything_starts(tmp_path: Path) -> None:
-    with start_redis(None, tmp_path / "redis") as server, administrator(server.address) as admin:
-        settings = job_settings(f"redis.url={server.url}", "timeouts.redis=0.5")
+    with start_redis(tmp_path / "redis") as server, administrator(server.address) as admin:
+        settings = job_settings(f"redis.url={server.address.url}", "timeouts.redis=0.5")
         with REFUSALS["READONLY"](admin), running(tmp_path, *settings) as job:
             assert job.end(bound=30.0) == 2, job.story()
     assert "READONLY You can't write against a read only replica" in job.text

@@ -39,12 +39,12 @@ def spec_of(folder: Path, *settings: str) -> JobSpec:
 
 
 def test_r1_redis_that_is_away_at_the_start_is_waited_for(tmp_path: Path) -> None:
-    with start_redis(None, tmp_path / "redis") as server:
+    with start_redis(tmp_path / "redis") as server:
         assert server.pid is not None
         redis = psutil.Process(server.pid)
         redis.suspend()
         try:
-            with running(tmp_path, *job_settings(f"redis.url={server.url}", "timeouts.redis=30")) as job:
+            with running(tmp_path, *job_settings(f"redis.url={server.address.url}", "timeouts.redis=30")) as job:
                 job.wait_for("does not answer; waiting for it, at most 30 s")
                 redis.resume()
                 assert job.end() == 0, job.story()

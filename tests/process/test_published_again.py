@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from dray.jobs.process import StopFlag
 from dray.jobs.queue import (
     JobKeys,
     RedisConnection,
@@ -17,9 +17,9 @@ from dray.jobs.queue import (
     RolloutProducer,
     start_redis,
 )
-from dray.jobs.replica.base import Replica
-from dray.jobs.replica.heartbeat import Activity
+from dray.jobs.replica.heartbeat import Activity, Heartbeat
 from dray.jobs.replica.ring_transfer import RingPublisher
+from dray.jobs.replica.user_code import RolloutPayload
 from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer
 
@@ -29,7 +29,7 @@ SLOTS = 4
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with start_redis(None, tmp_path / "redis") as started:
+    with start_redis(tmp_path / "redis") as started:
         yield started
 
 
@@ -47,23 +47,24 @@ def ring() -> Iterator[SharedRingBuffer]:
 
 @pytest.fixture
 def publisher(ring: SharedRingBuffer, connection: RedisConnection) -> Iterator[RingPublisher]:
-    replica = SimpleNamespace(
-        name="rollout-0",
-        redis=connection,
-        keys=KEYS,
-        stop=SimpleNamespace(is_set=False),
-        activity=Activity(),
-        spec=SimpleNamespace(
-            config=SimpleNamespace(timeouts=SimpleNamespace(redis=10.0), rollout=SimpleNamespace(inline_bytes=0))
-        ),
-    )
     with PayloadServer(ring, lane="shm", threads=1, drain_timeout=0.1) as server:
-        yield RingPublisher(cast(Replica, replica), ring, server)
+        yield RingPublisher(
+            ring,
+            server,
+            RolloutProducer(connection, KEYS),
+            "rollout-0",
+            StopFlag(),
+            Activity(),
+            cast(Heartbeat, None),  # a payload that is reclaimed is reported to it: there is none here
+            inline_bytes=0,
+            serve=1.0,
+            timeout=10.0,
+        )
 
 
 def put(publisher: RingPublisher, count: int = 1) -> None:
     for _ in range(count):
-        assert publisher.put({"rewards": np.ones(3, np.float32)}, work_item=0, weight_version=0)
+        assert publisher.put(RolloutPayload({"rewards": np.ones(3, np.float32)}, work_item=0, weight_version=0))
 
 
 def listed(connection: RedisConnection) -> list[int]:

@@ -33,6 +33,7 @@ from dray.jobs.queue import (
     RolloutProducer,
     StreamLostError,
     WeightsChannel,
+    configured_redis,
     start_redis,
 )
 from dray.jobs.queue import redis_server as embedded_module
@@ -42,7 +43,7 @@ KEYS = JobKeys("process")
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RedisServer]:
-    with start_redis(None, tmp_path / "redis") as started:
+    with start_redis(tmp_path / "redis") as started:
         yield started
 
 
@@ -56,7 +57,7 @@ def entry(sequence: int) -> RolloutEntry:
 def test_close_leaves_no_process_socket_or_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     monkeypatch.setenv("DRAY_RUNTIME_DIR", str(run))
-    server = start_redis(None, tmp_path / "redis", tcp=True)
+    server = start_redis(tmp_path / "redis", host="127.0.0.1")
     pid = server.pid
     assert pid is not None
     assert server.address.options()["path"].startswith(str(run))
@@ -82,32 +83,31 @@ def test_password_is_in_no_command_line_environment_log_or_repr(server: RedisSer
     ]
     assert len(password) == 64
     assert not [text for text in everything if password in text]
-    assert password in server.url
+    assert password in server.address.url
 
 
 def test_no_client_gets_in_without_the_password(tmp_path: Path) -> None:
-    with start_redis(None, tmp_path, tcp=True) as server:
+    with start_redis(tmp_path, host="127.0.0.1") as server:
         assert server.tcp_address is not None
         options = server.tcp_address.options()
         with pytest.raises(ConfigError, match=r"redis\.url") as caught:
-            start_redis(f"redis://:wrong@127.0.0.1:{options['port']}/0", tmp_path)
+            configured_redis(f"redis://:wrong@127.0.0.1:{options['port']}/0", KEYS)
         assert "wrong" not in str(caught.value).partition("(")[0]
         with pytest.raises(ConfigError, match=r"redis\.url"):
-            start_redis(f"redis://127.0.0.1:{options['port']}/0", tmp_path)
+            configured_redis(f"redis://127.0.0.1:{options['port']}/0", KEYS)
         assert stat.S_IMODE(Path(server.address.options()["path"]).stat().st_mode) == 0o600
 
 
-def test_unreachable_url_is_a_config_error_within_its_bound(tmp_path: Path) -> None:
+def test_unreachable_url_is_a_config_error_within_its_bound() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))  # bound and not listening: every connection is refused
         url = f"redis://:sesame@127.0.0.1:{listener.getsockname()[1]}/0"
         before = time.monotonic()
         with pytest.raises(ConfigError) as caught:
-            start_redis(url, tmp_path, timeout=0.5)
+            configured_redis(url, KEYS, timeout=0.5)
     assert time.monotonic() - before < 5
     assert caught.value.key == "redis.url"
     assert "sesame" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_server_program_that_is_broken_is_a_typed_error_that_quotes_its_log(
@@ -119,7 +119,7 @@ def test_server_program_that_is_broken_is_a_typed_error_that_quotes_its_log(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     with pytest.raises(ControlPlaneError, match="no memory today"):
-        start_redis(None, tmp_path / "redis")
+        start_redis(tmp_path / "redis")
     assert [path.name for path in (tmp_path / "redis").iterdir()] == ["redis.log"]
 
 
@@ -132,7 +132,7 @@ def test_server_that_never_answers_is_killed_at_its_deadline(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     with pytest.raises(ControlPlaneError, match="does not answer"):
-        start_redis(None, tmp_path / "redis", timeout=0.5)
+        start_redis(tmp_path / "redis", timeout=0.5)
     assert not [child for child in psutil.Process().children() if child.name() == "sleep"]
 
 
@@ -140,7 +140,7 @@ def test_no_server_program_at_all_is_a_config_error(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(embedded_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"redis\.url.*embedded"):
-        start_redis(None, tmp_path)
+        start_redis(tmp_path)
 
 
 def test_taken_port_is_left_alone_and_another_one_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_taken_port_is_left_alone_and_another_one_found(tmp_path: Path, monkeypa
                 return [port, *super().sample(population, k - 1)]
 
         monkeypatch.setattr(embedded_module.random, "SystemRandom", TakenFirst)
-        with start_redis(None, tmp_path, tcp=True) as server:
+        with start_redis(tmp_path, host="127.0.0.1") as server:
             assert server.tcp_address is not None
             assert server.tcp_address.options()["port"] != port
             with RedisConnection(server.tcp_address) as connection:
@@ -166,7 +166,7 @@ def test_server_is_started_from_the_main_thread_only(tmp_path: Path) -> None:
 
     def start() -> None:
         try:
-            start_redis(None, tmp_path)
+            start_redis(tmp_path)
         except ControlPlaneError as error:
             caught.append(error)
 
@@ -179,13 +179,13 @@ def test_server_is_started_from_the_main_thread_only(tmp_path: Path) -> None:
 
 def test_odd_and_long_directory_names_work(tmp_path: Path) -> None:
     for name in ('with space "quote" \\ ü', "d" * 120):
-        with start_redis(None, tmp_path / name) as server, RedisConnection(server.address) as connection:
+        with start_redis(tmp_path / name) as server, RedisConnection(server.address) as connection:
             assert connection.call("PING", lambda client: client.do("PING"), Deadline.after(5))
         assert list((tmp_path / name).iterdir()) == []
 
 
 def test_stopped_server_is_killed_within_the_bound(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    server = start_redis(None, tmp_path)
+    server = start_redis(tmp_path)
     pid = server.pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
@@ -202,7 +202,7 @@ import os, signal, sys
 from pathlib import Path
 from dray.jobs.queue import start_redis
 signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may ignore it
-server = start_redis(None, Path(sys.argv[1]))
+server = start_redis(Path(sys.argv[1]))
 print(server.pid, flush=True)
 sys.stdin.read()
 server.close()
@@ -225,7 +225,7 @@ def test_server_has_its_own_group_and_dies_with_a_killed_parent(
         parent.wait(10)
         assert ends_within(10, pid)
     assert len(list(run.iterdir())) == 1
-    with start_redis(None, tmp_path):
+    with start_redis(tmp_path):
         assert len(list(run.iterdir())) == 1, "what the dead parent left is swept"
 
 
@@ -264,7 +264,7 @@ def test_idle_connections_do_not_keep_new_ones_of_the_job_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(embedded_module, "MAX_CLIENTS", 60)
-    with start_redis(None, tmp_path / "redis", tcp=True) as server:
+    with start_redis(tmp_path / "redis", host="127.0.0.1") as server:
         assert server.tcp_address is not None
         with RedisConnection(server.tcp_address) as before:
             producer = RolloutProducer(before, KEYS)
@@ -278,14 +278,17 @@ def test_idle_connections_do_not_keep_new_ones_of_the_job_out(
                     for connection in (new, local):
                         RolloutProducer(connection, KEYS).publish(entry(sequence), timeout=30)
             producer.publish(entry(3))
-            assert producer.backlog() == 4
+            assert producer.statistics().backlog == 4
             assert before.away_for == 0
     assert "connections that had not authenticated" in caplog.text
 
 
 def test_a_started_server_admits_as_many_clients_as_it_has_descriptors_for(tmp_path: Path) -> None:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with start_redis(None, tmp_path / "redis", tcp=True) as server, RedisConnection(server.address) as connection:
+    with (
+        start_redis(tmp_path / "redis", host="127.0.0.1") as server,
+        RedisConnection(server.address) as connection,
+    ):
         for name, expected in (("maxclients", min(20_000, limit - 32)), ("timeout", 60)):
             found = connection.call(
                 "ask", lambda client, name=name: client.do("CONFIG", "GET", name), Deadline.after(5)
@@ -299,7 +302,7 @@ from pathlib import Path
 from dray.clock import Deadline
 from dray.jobs.queue import RedisConnection, start_redis
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-with start_redis(None, Path(sys.argv[1])) as server, RedisConnection(server.address) as connection:
+with start_redis(Path(sys.argv[1])) as server, RedisConnection(server.address) as connection:
     found = connection.call("ask", lambda client: client.do("CONFIG", "GET", "maxclients"), Deadline.after(5))
     print(int(found[1]))
 """
@@ -350,7 +353,7 @@ def test_redis_restarted_empty_loses_no_ready_payload(
         assert [delivery.entry.sequence for delivery in received] == [1, 2, 3]
         assert len(consumer.commit([held, *received]).ended) == 4
         assert weights.restore()
-        assert (consumer.backlog(), consumer.statistics().counters["trained"]) == (0, 4)
+        assert (consumer.statistics().backlog, consumer.statistics().counters["trained"]) == (0, 4)
     assert caplog.text.count("does not answer") <= 2, "once per outage and connection"
 
 
@@ -423,7 +426,7 @@ def test_calls_and_polls_sit_out_an_outage(server: RedisServer, caplog: pytest.L
 
 
 def test_redis_that_does_not_come_back_is_an_error_that_states_for_how_long(tmp_path: Path) -> None:
-    server = start_redis(None, tmp_path)
+    server = start_redis(tmp_path)
     with RedisConnection(server.address, patience=0.5) as connection:
         producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
         producer.publish(entry(0))
@@ -437,7 +440,7 @@ def test_redis_that_does_not_come_back_is_an_error_that_states_for_how_long(tmp_
 
 
 def test_shutdown_ends_the_wait_for_an_absent_redis_at_once(tmp_path: Path) -> None:
-    server = start_redis(None, tmp_path)
+    server = start_redis(tmp_path)
     with RedisConnection(server.address) as connection:
         consumer = RolloutConsumer(connection, KEYS, "policy-0")
         consumer.attach()
@@ -446,7 +449,7 @@ def test_shutdown_ends_the_wait_for_an_absent_redis_at_once(tmp_path: Path) -> N
         thread = threading.Thread(target=lambda: results.append(consumer.receive(1, timeout=60)))
         thread.start()
         wait_until(lambda: connection.away_for > 0, "the waiting consumer to notice")
-        connection.stop()
+        connection.shutdown.set()
         thread.join(5)
         assert results == [[]]
         with pytest.raises(RedisUnavailableError):
@@ -463,7 +466,7 @@ def test_stopped_redis_is_noticed_by_its_answer_timeout(server: RedisServer) -> 
             producer.publish(entry(1), timeout=0.5)
         os.kill(server.pid, signal.SIGCONT)
         producer.publish(entry(1))
-        assert producer.backlog() == 2, "what was sent twice is there once"
+        assert producer.statistics().backlog == 2, "what was sent twice is there once"
 
 
 def test_a_closed_connection_reports_it(server: RedisServer) -> None:

@@ -25,9 +25,10 @@ from dray.jobs.queue import (
     RolloutProducer,
     StreamLostError,
     WeightsChannel,
+    configured_redis,
     start_redis,
 )
-from dray.jobs.queue.redis_client import RedisClient
+from dray.jobs.queue.connection import RedisClient
 from dray.jobs.queue.redis_server import find_redis_binary, job_redis
 
 KEYS = JobKeys("refusals")
@@ -35,7 +36,7 @@ KEYS = JobKeys("refusals")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with start_redis(None, tmp_path_factory.mktemp("redis")) as started:
+    with start_redis(tmp_path_factory.mktemp("redis")) as started:
         yield started
 
 
@@ -118,13 +119,13 @@ def test_a_refusal_is_waited_out_with_one_line_although_reads_are_answered(
             wait_until(lambda: connection.away_for > 0, "the publisher to be refused")
             before = connection.away_for
             if code in ("READONLY", "NOREPLICAS", "OOM"):
-                assert producer.backlog() == 1
+                assert producer.statistics().backlog == 1
                 assert weights.newest() is None
                 assert connection.away_for > before, "what only reads does not end the refusal of writes"
         thread.join(30)
         assert published == [True]
         assert connection.away_for == 0
-        assert producer.backlog() == 2
+        assert producer.statistics().backlog == 2
     messages = [record.getMessage() for record in caplog.records if record.name == "dray.jobs.queue"]
     assert [message for message in messages if f"refuses ({code} " in message] == messages[:1]
     assert ["answers again after" in message for message in messages] == [False, True]
@@ -149,7 +150,7 @@ def test_a_server_that_has_handed_its_place_over_is_resolved_again(
     """Both servers know the same user; the address is a symbolic link to one of their sockets."""
     place = tmp_path / "s"
     place.symlink_to(server.address.options()["path"])
-    with start_redis(None, tmp_path / "other") as other, administrator(other.address) as successor:
+    with start_redis(tmp_path / "other") as other, administrator(other.address) as successor:
         user, password = (server.address.options()[name] for name in ("username", "password"))
         successor.do("ACL", "SETUSER", user, "on", f">{password}", "~*", "&*", "+@all")
         address = server.address.of_socket(str(place), password, user)
@@ -168,7 +169,7 @@ def test_a_server_that_has_handed_its_place_over_is_resolved_again(
 def test_a_started_server_that_a_script_blocks_ends_as_asked(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with start_redis(None, tmp_path) as server, administrator(server.address) as admin:
+    with start_redis(tmp_path) as server, administrator(server.address) as admin:
         pid = server.pid
         assert pid is not None
         with blocked_by_a_script(admin):
@@ -190,35 +191,35 @@ def test_an_answer_that_quotes_the_password_is_shown_without_it_also_in_the_trac
 
 
 def test_a_server_that_refuses_writes_is_of_no_use_and_the_error_states_why(
-    server: RedisServer, admin: RedisClient, tmp_path: Path
+    server: RedisServer, admin: RedisClient
 ) -> None:
     for code in ("READONLY", "NOREPLICAS", "OOM"):
         with REFUSALS[code](admin):
-            error = refused_start(server.url, tmp_path)
+            error = refusal_of(server.address.url)
         assert isinstance(error.__cause__, RedisUnavailableError)
         assert f"{code} " in str(error)
-    assert start_redis(server.url, tmp_path).source == "configured"
+    assert configured_redis(server.address.url, KEYS) == server.address
     assert admin.do("KEYS", "*") == [], "nothing stays of the trials"
 
 
 def test_a_server_whose_user_may_not_do_what_a_job_does_is_of_no_use(
-    server: RedisServer, admin: RedisClient, tmp_path: Path
+    server: RedisServer, admin: RedisClient
 ) -> None:
     place = server.address.options()["path"]
-    for missing in ("-eval", "-xadd", "-xreadgroup", "-expire", "-scan", "-unlink", "resetkeys ~other:*"):
+    for missing in ("-eval", "-xadd", "-xreadgroup", "-expire", "-unlink", "resetkeys ~other:*"):
         admin.do("ACL", "SETUSER", "weak", "reset", "on", ">sesame", "~*", "+@all", *missing.split())
-        error = refused_start(f"unix://weak:sesame@{place}", tmp_path)
+        error = refusal_of(f"unix://weak:sesame@{place}")
         assert "permission" in str(error)
         assert "sesame" not in str(error)
     admin.do("FLUSHALL")
     admin.do("ACL", "SETUSER", "weak", "reset", "on", ">sesame", "~dray:*", "+@all", "-@dangerous")
-    assert start_redis(f"unix://weak:sesame@{place}", tmp_path).source == "configured"
+    configured_redis(f"unix://weak:sesame@{place}", KEYS)
     assert admin.do("KEYS", "dray:*") == []
 
 
 def test_a_server_of_a_cluster_without_slots_is_of_no_use(tmp_path: Path) -> None:
     with cluster_node(tmp_path) as place:
-        error = refused_start(f"unix://{place}", tmp_path)
+        error = refusal_of(f"unix://{place}")
     assert "CLUSTERDOWN" in str(error)
 
 
@@ -229,7 +230,7 @@ def test_a_job_waits_at_its_start_for_a_server_that_refuses_and_reports_it(
         "job": {"name": "small", "max_steps": 1},
         "rollout": {"worker": "a.py:A"},
         "policy": {"trainer": "a.py:B", "batch_size": 1},
-        "redis": {"url": server.url},
+        "redis": {"url": server.address.url},
         "timeouts": {"redis": 60.0},
     }
     lines: list[str] = []
@@ -241,7 +242,7 @@ def test_a_job_waits_at_its_start_for_a_server_that_refuses_and_reports_it(
             refusing.close()
 
         with job_redis(parse_job(tables), "small-1", tmp_path, None, show, lines.append) as found:
-            assert found.source == "configured"
+            assert found == server.address
     (line,) = lines
     assert "refuses (READONLY " in line
     assert "waiting for it, at most 60 s" in line
@@ -254,9 +255,9 @@ def now() -> Deadline:
     return Deadline.after(0)
 
 
-def refused_start(url: str, folder: Path) -> ConfigError:
+def refusal_of(url: str) -> ConfigError:
     with pytest.raises(ConfigError, match="must be the URL of a server that answers and lets a job") as caught:
-        start_redis(url, folder, timeout=0.2)
+        configured_redis(url, KEYS, timeout=0.2)
     assert caught.value.key == "redis.url"
     assert len(str(caught.value).splitlines()) == 1
     return caught.value

@@ -32,7 +32,7 @@ def test_producer_with_the_default_action_of_sigpipe_survives_the_end_of_its_rea
 
 PEERS = """
 import socket, threading
-from dray.jobs.queue.redis_client import NoSignalSocket
+from dray.jobs.queue.connection import NoSignalSocket
 from dray.jobs.messages.controller_client import ControllerClient
 from dray.jobs.messages.channel import GroupLostError, MessageChannel
 from dray.jobs.messages.models import RankCommand, Shutdown

@@ -8,8 +8,7 @@ import pytest
 from node_runner import SECRET, nodes_running, two_machines
 
 from dray.jobs.files import write_json
-from dray.jobs.slurm.network import choose_interface, interfaces
-from dray.jobs.slurm.plan import RoleLayout
+from dray.jobs.slurm.placement import choose_interface, interfaces
 
 OUTSIDE = [each for each in interfaces() if not each.is_loopback]
 FOREVER = "stop.at_least=1e9"
@@ -45,7 +44,7 @@ def test_job_continues_when_a_rollout_node_dies(tmp_path: Path) -> None:
 
 
 def test_job_ends_when_no_rollout_node_is_left(tmp_path: Path) -> None:
-    with nodes_running(tmp_path, FOREVER, rollout=RoleLayout(1, replicas_per_node=2)) as run:
+    with nodes_running(tmp_path, FOREVER, rollout_nodes=1) as run:
         run.start()
         run.wait_for_steps(3)
         run.kill_node(2)
@@ -55,7 +54,7 @@ def test_job_ends_when_no_rollout_node_is_left(tmp_path: Path) -> None:
 
 def test_policy_on_two_nodes_trains_in_step(tmp_path: Path) -> None:
     settings = ("policy.replicas=2", "policy.readers=2")
-    with nodes_running(tmp_path, *settings, policy=RoleLayout(2), rollout=RoleLayout(1, 2)) as run:
+    with nodes_running(tmp_path, *settings, policy_nodes=2, rollout_nodes=1) as run:
         run.start()
         assert run.end() == [0, 0, 0], run.story()
         assert run.summary()["solved"]
@@ -72,7 +71,7 @@ def test_lost_policy_node_ends_the_attempt_and_the_next_resumes_from_the_checkpo
         "policy.args.pause=0.05", "policy.args.restarts=true", "rollout.args.restarts=true",
         "policy.args.repeats=true",
     )  # fmt: skip
-    with nodes_running(tmp_path, *settings, policy=RoleLayout(2), rollout=RoleLayout(1, 2)) as run:
+    with nodes_running(tmp_path, *settings, policy_nodes=2, rollout_nodes=1) as run:
         run.start()
         run.wait_for_steps(5)
         run.kill_node(2)
@@ -91,7 +90,7 @@ def test_policy_on_one_node_is_restarted_in_place(tmp_path: Path) -> None:
         "policy.checkpoint_every=3", "stop.at_least=100", "policy.args.pause=0.05",
         "policy.args.restarts=true", "rollout.args.restarts=true", "policy.args.repeats=true",
     )  # fmt: skip
-    with nodes_running(tmp_path, *settings, rollout=RoleLayout(1, 2)) as run:
+    with nodes_running(tmp_path, *settings, rollout_nodes=1) as run:
         run.start()
         run.wait_for_steps(5)
         for process in run.processes("dray.jobs.replica.policy"):
@@ -154,7 +153,7 @@ def test_replicas_of_a_killed_node_supervisor_go_with_it(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_sigterm_to_a_node_ends_what_is_there_in_order(tmp_path: Path, number: int) -> None:
-    with nodes_running(tmp_path, FOREVER, rollout=RoleLayout(1, 2)) as run:
+    with nodes_running(tmp_path, FOREVER, rollout_nodes=1) as run:
         run.start()
         run.wait_for_steps(3)
         run.tasks[number].send_signal(signal.SIGTERM)
@@ -189,9 +188,7 @@ def test_policy_rank_behind_a_dead_network_ends_the_attempt(tmp_path: Path) -> N
     settings = (FOREVER, "policy.replicas=2", "policy.readers=2")
     with (
         two_machines() as (near, far),
-        nodes_running(
-            tmp_path, *settings, policy=RoleLayout(2), rollout=RoleLayout(1, 2), interface=near.interface
-        ) as run,
+        nodes_running(tmp_path, *settings, policy_nodes=2, rollout_nodes=1, interface=near.interface) as run,
     ):
         run.start(nodes=[1, 3], within=near.command)
         run.start(nodes=[2], within=far.command)
@@ -261,7 +258,7 @@ def test_node_that_never_comes_is_done_without(tmp_path: Path) -> None:
 
 def test_job_whose_policy_node_never_comes_fails_within_the_time_to_start(tmp_path: Path) -> None:
     settings = ("policy.replicas=2", "policy.readers=2", "timeouts.start=8")
-    with nodes_running(tmp_path, *settings, policy=RoleLayout(2), rollout=RoleLayout(1, 2)) as run:
+    with nodes_running(tmp_path, *settings, policy_nodes=2, rollout_nodes=1) as run:
         run.start(nodes=[1, 3])
         assert run.end(bound=40.0)[0] == 1, run.story()
         assert "not every replica registered within 8 s" in run.log("n1.out")
@@ -279,7 +276,7 @@ def test_loopback_of_another_machine_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not OUTSIDE, reason="this machine has no network interface but loopback")
 def test_nodes_talk_over_the_interface_that_is_chosen_and_not_over_loopback(tmp_path: Path) -> None:
-    with nodes_running(tmp_path, rollout=RoleLayout(1, 2), interface=None) as run:
+    with nodes_running(tmp_path, rollout_nodes=1, interface=None) as run:
         run.start()
         run.wait_until(lambda: run.processes("dray.jobs.replica.rollout"), "a rollout replica")
         chosen = choose_interface(None).address
@@ -310,9 +307,7 @@ def test_node_without_a_head_gives_up(tmp_path: Path) -> None:
 
 
 def test_job_on_a_single_node_is_as_on_this_machine(tmp_path: Path) -> None:
-    with nodes_running(
-        tmp_path, rollout=RoleLayout(0, 2), interface=None, environment={"DRAY_TEST": "set"}
-    ) as run:
+    with nodes_running(tmp_path, rollout_nodes=0, interface=None, environment={"DRAY_TEST": "set"}) as run:
         run.start()
         run.wait_until(lambda: run.processes("dray.jobs.replica.rollout"), "a rollout replica")
         environment = run.processes("dray.jobs.replica.rollout")[0].environ()

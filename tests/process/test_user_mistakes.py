@@ -104,7 +104,7 @@ def _use(mistake: Mistake, folder: Path) -> None:
     worker = make_user_object(load_entry_point("rollout.worker", config.rollout.worker, folder))
     call_user(worker, "setup", context)
     call_user(worker, "load_weights", weights, 0)
-    for payload in returned_payloads(worker, call_user(worker, "rollout", WorkItem(0, 0)), None):
+    for payload in returned_payloads(worker, call_user(worker, "rollout", WorkItem(0, 0)), None, 0, 0):
         with carried(worker, "rollout"):
             pack(payload.arrays)
     trajectories = [Trajectory({"rewards": np.ones(8, np.float32)}, 0)]

@@ -26,7 +26,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dray.jobs.config import JobConfig
-from dray.jobs.queue import keys
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -203,7 +202,7 @@ def test_any_header_describes_arrays_within_the_image_or_is_refused(header: dict
         st.sampled_from([b"0f" * 16, b"7", b"-1", b"18446744073709551616", b"1_0", b"\xd9\xa3", b"1e3"])
         | values.map(lambda value: json.dumps(value).encode()[:200])
         | st.binary(max_size=40),
-    ).map(lambda changed: {keys.PRODUCER: b"0f" * 16, keys.REPLICA: b"r", keys.WORK_ITEM: b"1", **changed})
+    ).map(lambda changed: {b"producer": b"0f" * 16, b"replica": b"r", b"work_item": b"1", **changed})
 )
 def test_any_entry_or_command_is_one_or_a_protocol_error(found: dict[bytes, bytes]) -> None:
     fuzz_control.run(fuzz_control.fields(found))

@@ -285,7 +285,7 @@ def test_everything_of_a_container_job_runs_in_the_image(run: SlurmRun, tmp_path
     mounts = f"--container-mounts={run.output}:{run.output}"
     steps = [line for line in recorded.read_text().splitlines() if "dray.jobs.slurm" in line]
     assert {word for line in steps for word in line.split() if word.startswith("dray.jobs.slurm")} == {
-        "dray.jobs.slurm.batch_cli",
+        "dray.jobs.slurm.run_state",
         "dray.jobs.slurm.head",
         "dray.jobs.slurm.node",
     }

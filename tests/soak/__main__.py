@@ -65,7 +65,7 @@ def main(
 def _run(plan: Plan, folder: Path, console: Console) -> Report:
     names = tuple(producer.name for producer in plan.producers)
     with (
-        start_redis(None, folder / "redis") as redis,
+        start_redis(folder / "redis") as redis,
         network(names, namespaces=plan.namespaces) as namespaces,
         Live(console=console, auto_refresh=False, transient=True) as live,
     ):

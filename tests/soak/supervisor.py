@@ -97,7 +97,7 @@ class Supervisor:
         self._environment = {
             **os.environ,
             MARK_VARIABLE: str(os.getpid()),
-            REDIS_VARIABLE: redis.url,
+            REDIS_VARIABLE: redis.address.url,
             SECRET_VARIABLE: secrets.token_hex(32),
             "DRAY_RUNTIME_DIR": str(self.sockets),
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, map(os.path.abspath, sys.path)))),
@@ -154,7 +154,7 @@ class Supervisor:
         with RedisConnection(self._redis.address) as connection:
             queue = RolloutQueue(connection, JobKeys(JOB))
             limit = time.monotonic() + END_SECONDS
-            while (backlog := queue.backlog()) and time.monotonic() < limit:
+            while (backlog := queue.statistics().backlog) and time.monotonic() < limit:
                 self._tick()
         self.history.backlog = backlog
         self._end_all(producers=False, seconds=END_SECONDS)

@@ -30,12 +30,12 @@ MEASURED_ONCE, HELD = {"memory"}, {"B", "descriptors"}
 
 
 def run_benchmarks(*arguments, cwd=ROOT, cache=None):
-    environment = dict(os.environ)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     if cache is not None:
         # Without the peers that have environments of their own: they take long to start.
         environment["XDG_CACHE_HOME"] = str(cache)
     return subprocess.run(
-        [sys.executable, "-m", "dray.cli.app", "bench", *arguments],
+        [sys.executable, "-m", "benchmarks", *arguments],
         cwd=cwd,
         env=environment,
         capture_output=True,

@@ -87,7 +87,7 @@ def test_programs_of_a_page_run_and_print_what_it_shows(name: str, tmp_path: Pat
     with ExitStack() as stack:
         values = {"port": str(free_port()), "enter": ""}
         if "{redis}" in wanted:
-            values["redis"] = stack.enter_context(start_redis(None, tmp_path / "redis")).url
+            values["redis"] = stack.enter_context(start_redis(tmp_path / "redis")).address.url
         running = {}
         for path in example.files:
             given = [each.format(**values) for each in example.arguments[path] if each != "{enter}"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dray import SharedRingBuffer
+from dray.identifiers import MAX_SLOT_BYTES
 from dray.ring import SlotState, direct, layout
 from dray.ring.consumer_events import Descriptor
 from dray.ring.mapping import FIXED_SIZE, seals_of
@@ -77,7 +78,7 @@ def test_magic_version_and_bounds_are_those_of_the_code() -> None:
     assert f"`{layout.MAGIC.decode()}`" in PAGE
     assert f"Layout version {layout.VERSION}." in PAGE
     bounds = [int(number) for number in re.findall(r"1 … (\d+)", PAGE)]
-    assert bounds == [layout.MAX_SLOTS, layout.MAX_SLOT_BYTES]
+    assert bounds == [layout.MAX_SLOTS, MAX_SLOT_BYTES]
 
 
 def test_states_have_the_numbers_of_the_code() -> None:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from dray import __version__
-from dray.cli.bench import bench
 from dray.cli.doctor import doctor
 from dray.cli.extras import remedy, require_extra
-from dray.cli.job_options import LogLevelOption, Settings, read_job
+from dray.cli.job_options import JobArgument, LogLevelOption, OutputOption, Settings, read_job
 from dray.cli.new import new
 from dray.cli.slurm import slurm
 from dray.cli.status import status
 from dray.errors import ConfigError, DrayError, MissingDependencyError, error_lines
-from dray.jobs.config import JobConfig
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import short_path
 from dray.jobs.process import exit_with_own_code_on_crash, printable_handler
@@ -29,14 +26,7 @@ from dray.text import printable
 # --- check -------------------------------------------------------------------------------------------------------
 
 
-def check(
-    job: Annotated[Path, typer.Argument(help="The job file, TOML.", show_default=False)],
-    settings: Settings = None,
-    output: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Output folder. Default: a new one under outputs/<job name>/."),
-    ] = None,
-) -> None:
+def check(job: JobArgument, settings: Settings = None, output: OutputOption = None) -> None:
     """Check a job without starting it, and print one line for each mistake, as `dray run` does.
 
     The command checks the job file, the classes that it names (imported in a separate process, for at most
@@ -47,23 +37,17 @@ def check(
     """
     require_extra("jobs")
     # Imported here, so that the other commands start fast.
-    from dray.jobs.launch.local import begin_checks, show_line, stop_checks
-    from dray.jobs.launch.preparation import check_job
+    from dray.jobs.launch.local import check_job
 
-    begin_checks()
     request = read_job(job, settings, output, None)
-    signals = check_job(request.draft, request.options.job_file, show_line)
-    if signals:
-        raise typer.Exit(stop_checks(request.draft, signals))
+    if code := check_job(request.draft, request.options.job_file):
+        raise typer.Exit(code)
     shown = printable(short_path(job.absolute()))
-    typer.echo(f"{shown}: no mistakes found; would start {started(request.config)}")
-
-
-def started(config: JobConfig) -> str:
-    """The processes that a run of the job starts, in one phrase."""
+    config = request.config
     redis = "" if config.redis.url is not None else "1 Redis server, "
-    rollouts, ranks = config.rollout.replicas, config.policy.replicas
-    return f"{redis}1 controller, {rollouts} rollout and {ranks} policy {'replica' if ranks == 1 else 'replicas'}"
+    ranks = f"{config.policy.replicas} policy {'replica' if config.policy.replicas == 1 else 'replicas'}"
+    processes = f"{redis}1 controller, {config.rollout.replicas} rollout and {ranks}"
+    typer.echo(f"{shown}: no mistakes found; would start {processes}")
 
 
 # --- app ---------------------------------------------------------------------------------------------------------
@@ -92,13 +76,10 @@ def common(
 
 
 def run(
-    job: Annotated[Path, typer.Argument(help="The job file, TOML.", show_default=False)],
+    job: JobArgument,
     settings: Settings = None,
     log_level: LogLevelOption = None,
-    output: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Output folder. Default: a new one under outputs/<job name>/."),
-    ] = None,
+    output: OutputOption = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -131,7 +112,6 @@ app.command()(check)
 app.command()(run)
 app.command()(status)
 app.command()(doctor)
-app.command()(bench)
 app.add_typer(slurm, name="slurm")
 
 

@@ -15,6 +15,10 @@ from dray.jobs.folder import RunOptions
 from dray.jobs.job_file import JobDraft, draft_job
 from dray.text import text_of
 
+JobArgument = Annotated[Path, typer.Argument(help="The job file, TOML.", show_default=False)]
+OutputOption = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="Output folder. Default: a new one under outputs/<job name>/.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(

@@ -1,10 +1,16 @@
 """Tests a lane on this machine: one process reads a payload from another, and every byte is compared.
 
-Both are children of this process, so that a crash in a transport library is a result and does not end the test.
+Both are children of this process, so that a crash in a transport library is a result and does not end the test:
+``python -m dray.cli.lane_check serve LANE`` and ``… read LANE``.
+
+Each prints one line of JSON, with the key ``error`` after an error. The reader reads the reference from its
+standard input; the server ends when its own is closed.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import platform
@@ -12,14 +18,22 @@ import select
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
-from dray.clock import Deadline
-from dray.errors import DrayError
+import numpy as np
+
+from dray.clock import MONOTONIC, Deadline
+from dray.errors import ConfigError, DrayError, MissingDependencyError
+from dray.protocol import PayloadRef
 from dray.resources import Closing
+from dray.ring import SharedRingBuffer
+from dray.transport import PayloadClient, PayloadServer
 from dray.transport.lanes import LANES
+
+# --- the test ----------------------------------------------------------------------------------------------------
 
 MACHINES = ("x86_64", "aarch64")
 
@@ -32,7 +46,6 @@ class LaneReport:
     """The result of a lane's test.
 
     Attributes:
-        lane: its name.
         works: a payload arrived complete.
         detail: what was read, or the reason of the failure.
         remedy: what to do; empty if nothing is needed, or no remedy is known.
@@ -64,9 +77,8 @@ def check_lane(lane: str, timeout: float) -> LaneReport:
     except _Failure as failure:
         return LaneReport(lane, False, str(failure), _remedy(lane, failure.about))
     if answer["digest"] != offer["digest"]:
-        return LaneReport(
-            lane, False, f"the {offer['nbytes']} bytes that were read differ from those that were written"
-        )
+        detail = f"the {offer['nbytes']} bytes that were read differ from those that were written"
+        return LaneReport(lane, False, detail)
     nbytes, seconds = int(offer["nbytes"]), float(answer["seconds"])
     detail = f"{nbytes:,} bytes read by another process in {seconds * 1e3:.1f} ms, each compared"
     return LaneReport(lane, True, detail, "", nbytes, seconds)
@@ -109,7 +121,7 @@ class _LaneProcess(Closing):
         self._role = "serving" if role == "serve" else "reading"
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "dray.cli.lane_proof", role, lane],
+            [sys.executable, "-m", "dray.cli.lane_check", role, lane],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -119,17 +131,11 @@ class _LaneProcess(Closing):
     def send(self, line: str) -> None:
         """Send a line to the process; if it has ended, `answer` raises with the reason."""
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):
             self._process.stdin.write(line.encode() + b"\n")
-        except BrokenPipeError:
-            return
 
     def answer(self, deadline: Deadline) -> dict[str, Any]:
-        """The answer of the process.
-
-        Raises:
-            _Failure: the answer is an error, or has not arrived by the deadline.
-        """
+        """The answer of the process; raises `_Failure` if it is an error, or has not arrived by the deadline."""
         assert self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
         poll = select.poll()
@@ -169,3 +175,82 @@ class _LaneProcess(Closing):
             process.wait()
         process.stdout.close()
         self._stderr.close()
+
+
+# --- its two processes -------------------------------------------------------------------------------------------
+
+PAYLOAD_BYTES = 1 << 20
+READ_TIMEOUT = 10.0
+
+
+def main(arguments: list[str]) -> int:
+    """Serve or read a payload; the exit code is 1 if the answer is an error."""
+    role, lane = arguments
+    answers = _open_answers()
+    try:
+        if role == "serve":
+            _serve(lane, answers)
+        else:
+            _read(lane, answers)
+    except (DrayError, OSError) as error:
+        _write_answer(answers, _error_answer(error))
+        return 1
+    return 0
+
+
+def digest(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    """SHA-256 of the names, dtypes, shapes and bytes of arrays."""
+    found = hashlib.sha256()
+    for name, array in arrays.items():
+        found.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
+
+
+def _serve(lane: Any, answers: TextIO) -> None:
+    arrays: dict[str, np.ndarray[Any, Any]] = {
+        "noise": np.frombuffer(os.urandom(PAYLOAD_BYTES), np.uint8),
+        "empty": np.empty((0, 3), np.float32),
+    }
+    with SharedRingBuffer(1, 2 * PAYLOAD_BYTES) as ring, PayloadServer(ring, lane=lane, threads=1) as server:
+        ref = server.put(arrays, timeout=1.0)
+        _write_answer(answers, {"ref": ref.to_json(), "nbytes": ref.nbytes, "digest": digest(arrays)})
+        sys.stdin.read()
+
+
+def _read(lane: Any, answers: TextIO) -> None:
+    ref = PayloadRef.from_json(sys.stdin.readline().strip())
+    with PayloadClient(lane=lane) as client:
+        began = MONOTONIC.now()
+        arrays = client.read(ref, timeout=READ_TIMEOUT)
+        seconds = MONOTONIC.now() - began
+        _write_answer(answers, {"digest": digest(arrays), "seconds": seconds})
+
+
+def _error_answer(error: DrayError | OSError) -> dict[str, str]:
+    match error:
+        case ConfigError():
+            about = error.key
+        case MissingDependencyError():
+            about = error.package
+        case OSError():
+            about = errno.errorcode.get(error.errno or 0, "")
+        case _:
+            about = ""
+    return {"error": f"{type(error).__name__}: {error}", "about": about}
+
+
+def _write_answer(answers: TextIO, answer: Mapping[str, Any]) -> None:
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
+
+
+def _open_answers() -> TextIO:
+    """A stream to standard output; descriptor 1, to which UCX logs, is redirected to standard error."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dray.cli.extras import require_extra
-from dray.cli.job_options import LogLevelOption, Settings, read_job
+from dray.cli.job_options import JobArgument, LogLevelOption, OutputOption, Settings, read_job
 from dray.errors import ConfigError
 from dray.text import MAX_LINE, printable
 
@@ -25,13 +25,10 @@ if TYPE_CHECKING:
 
 
 def submit(
-    job: Annotated[Path, typer.Argument(help="The job file, TOML, as for dray run.", show_default=False)],
+    job: JobArgument,
     settings: Settings = None,
     log_level: LogLevelOption = None,
-    output: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Output folder. Default: a new one under outputs/<job name>/."),
-    ] = None,
+    output: OutputOption = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -42,8 +39,7 @@ def submit(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and submit nothing.")] = False,
     partition: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Partition. Default: slurm.partition, else Slurm's default."),
+        str | None, typer.Option(metavar="NAME", help="Partition. Default: slurm.partition, else Slurm's default.")
     ] = None,
     account: Annotated[
         str | None, typer.Option(metavar="NAME", help="Account. Default: slurm.account, else Slurm's default.")
@@ -144,8 +140,7 @@ def submit(
     request = read_job(job, settings, output, log_level, options)
     if resume:
         request = request.resumed(submission.run_folder(request.config, resume=True))
-    table = dict(request.options.slurm)
-    config = submission.with_options(request.config, table, table.pop("nodes", None))
+    config = submission.with_options(request.config, request.options.slurm)
     if not dry_run and (config.slurm is None or config.slurm.container_image is None):
         require_extra("jobs")  # the nodes run this installation
     prepared = submission.prepare(config, job, resume=resume, make=not dry_run)
@@ -155,14 +150,14 @@ def submit(
         raise typer.Exit(ExitCode.OK)
     if dry_run:
         typer.echo(prepared.script, nl=False)
-        for line in prepared.layout_lines():
+        for line in prepared.layout:
             typer.echo(line, err=True)
         return
     number = submission.submit(prepared, job, request.options)
     for line in request.lines:
         typer.echo(printable(line, MAX_LINE))
     typer.echo(f"submitted job {number}")
-    for line in prepared.layout_lines():
+    for line in prepared.layout:
         typer.echo(line)
     typer.echo(f"outputs: {place}")
     typer.echo(f"logs:    {place / 'latest' / 'logs'}, {place / f'slurm-{number}.out'}")
@@ -209,7 +204,6 @@ def _show(views: list[RunView], console: Console, live: Live | None) -> None:
     else:
         for line in plain_lines(views):
             typer.echo(line)
-        sys.stdout.flush()
 
 
 def _find_views(places: list[Path]) -> list[RunView]:

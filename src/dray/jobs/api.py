@@ -89,8 +89,9 @@ class Trajectory:
     `arrays` are the worker's, `weight_version` is the version of the weights with which its rollout began,
     `work_item` is the index of its work item, and `metadata` is what the worker returned with it.
 
-    The arrays are valid during `train_step`. Those of 64 KiB or more may lie in the memory of the process that
-    made them, and are read-only then: copy what is kept or changed. ``policy.in_place = false`` copies all.
+    The arrays are valid during `train_step`. Those of a payload of 64 KiB or more may lie in the memory of the
+    process that made them, and are read-only then: copy what is kept or changed, as an array that is kept holds
+    the slot of its payload. ``policy.in_place = false`` copies all.
     """
 
     arrays: Mapping[str, np.ndarray]

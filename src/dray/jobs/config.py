@@ -12,8 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from dray.errors import ConfigError
-from dray.ring.layout import MAX_SLOT_BYTES
-from dray.transport.lanes import LANES
+from dray.identifiers import LANE_NAMES, MAX_SLOT_BYTES
 
 JOB_NAME_FORM: Final = "1 to 63 letters, digits, '.', '_' or '-'"
 ENTRY_POINT_FORM: Final = '"file.py:Class" (the file beside the job file) or "package.module:Class"'
@@ -59,11 +58,11 @@ def _seconds(default: float | None) -> Any:
     return Field(default, gt=0, le=86_400, description="a number of seconds, above 0 and at most 86400")
 
 
-_LANE_NAMES = f'"auto" or one of {", ".join(LANES)}'
+_LANE_NAMES = f'"auto" or one of {", ".join(LANE_NAMES)}'
 
 
 def _lane(name: str) -> str:
-    if name != "auto" and name not in LANES:
+    if name != "auto" and name not in LANE_NAMES:
         raise ValueError(_LANE_NAMES)
     return name
 

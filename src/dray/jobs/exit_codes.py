@@ -26,20 +26,29 @@ class ExitCode(IntEnum):
     | 128 + n | interrupted by another signal n: 129 for SIGHUP, 131 for SIGQUIT |
     """
 
-    OK = 0
-    FAILED = 1
-    CONFIGURATION = 2
-    USER_CODE = 10
-    CONTROLLER_LOST = 11
-    NOT_A_MEMBER = 12
-    REDIS_LOST = 13
-    INTERNAL = 14
-    OLD_EPOCH = 15
-    GROUP_LOST = 16
-    USER_VALUE = 17
-    SIGINT = 130
-    TIME_LIMIT = 140
-    SIGTERM = 143
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str = "") -> ExitCode:
+        """A code, and its meaning in one phrase."""
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
+
+    OK = 0, "finished"
+    FAILED = 1, "failed"
+    CONFIGURATION = 2, "wrong configuration"
+    USER_CODE = 10, "the user's class raised"
+    CONTROLLER_LOST = 11, "the controller was gone"
+    NOT_A_MEMBER = 12, "no longer a member"
+    REDIS_LOST = 13, "Redis was gone"
+    INTERNAL = 14, "internal error"
+    OLD_EPOCH = 15, "the policy group has a newer epoch"
+    GROUP_LOST = 16, "another policy replica was gone"
+    USER_VALUE = 17, "the user's class returned what cannot be used"
+    SIGINT = 130, "interrupted by SIGINT"
+    TIME_LIMIT = 140, "the time limit was near"
+    SIGTERM = 143, "interrupted by SIGTERM"
 
 
 USER_CODES: Final = frozenset((ExitCode.USER_CODE, ExitCode.USER_VALUE))
@@ -60,32 +69,12 @@ NOT_RESTARTED: Final = frozenset(
         ExitCode.SIGTERM,
     )
 )
-"""A rollout replica that ends with one of these is not restarted."""
-
-JOB_FAILURES: Final = USER_CODES | {ExitCode.FAILED}
-"""Of a job that has ended by itself and did not finish."""
+"""A replica that ends with one of these is not restarted, nor is its policy group. Those of signals are among them
+because a policy that is asked to end writes a checkpoint, and ends the job, too."""
 
 
 def meaning(code: int) -> str:
     """One phrase for the exit status `code`, as `subprocess` gives it: negative for a signal."""
     if code < 0:
         return f"killed by signal {-code}"
-    return _MEANINGS.get(code, f"exit code {code}")
-
-
-_MEANINGS: dict[int, str] = {
-    ExitCode.OK: "finished",
-    ExitCode.FAILED: "failed",
-    ExitCode.CONFIGURATION: "wrong configuration",
-    ExitCode.USER_CODE: "the user's class raised",
-    ExitCode.CONTROLLER_LOST: "the controller was gone",
-    ExitCode.NOT_A_MEMBER: "no longer a member",
-    ExitCode.REDIS_LOST: "Redis was gone",
-    ExitCode.INTERNAL: "internal error",
-    ExitCode.OLD_EPOCH: "the policy group has a newer epoch",
-    ExitCode.GROUP_LOST: "another policy replica was gone",
-    ExitCode.USER_VALUE: "the user's class returned what cannot be used",
-    ExitCode.SIGINT: "interrupted by SIGINT",
-    ExitCode.TIME_LIMIT: "the time limit was near",
-    ExitCode.SIGTERM: "interrupted by SIGTERM",
-}
+    return next((each.meaning for each in ExitCode if each == code), f"exit code {code}")

@@ -1,7 +1,8 @@
 """Files and folders that a job trusts because no other user can have written them, and how it writes its own.
 
 If the last part of a path is a symbolic link it is never followed, neither to read nor to write. A folder that
-passes `open_own_folder` is one in which no other user can put such a symbolic link.
+passes `open_own_folder` is one in which no other user can put such a symbolic link. In errors, `key` is what names
+a file or folder to the user.
 """
 
 from __future__ import annotations
@@ -32,29 +33,37 @@ _NO_FILE = frozenset((errno.ELOOP, errno.EISDIR, errno.ENXIO))
 
 
 def read_private_file(path: Path, key: str) -> bytes:
-    """The content of the file at `path`: no symbolic link, of this user, and closed to all others.
-
-    Args:
-        key: what names the file to the user, for the error.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ConfigError: it is no such file, or cannot be read.
-    """
-    return _read(path, key, _OTHERS)
+    """As `read_own_file`, of a file that is closed to all other users."""
+    return read_own_file(path, key, _OTHERS)
 
 
-def read_own_file(path: Path, key: str) -> bytes:
+def read_own_file(path: Path, key: str, forbidden: int = _OTHERS_WRITE) -> bytes:
     """The content of the file at `path`: no symbolic link, of this user, and not writable by others.
 
     Args:
-        key: what names the file to the user, for the error.
+        forbidden: mode bits that the file must not have.
 
     Raises:
         FileNotFoundError: there is none.
         ConfigError: it is no such file, or cannot be read.
     """
-    return _read(path, key, _OTHERS_WRITE)
+    try:
+        # Without O_NONBLOCK the open of a named pipe waits for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise ConfigError(key, str(path), f"a regular file that its owner can read ({reason})") from error
+    try:
+        found = os.fstat(descriptor)
+        _check_file(found, path, key, forbidden)
+        if found.st_size > _MAX_BYTES:
+            raise ConfigError(key, str(path), f"at most {_MAX_BYTES} bytes long; it has {found.st_size}")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(_MAX_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: Path, content: bytes, *, mode: int = FILE_MODE) -> None:
@@ -100,9 +109,6 @@ def output_errors(path: Path) -> Iterator[None]:
 def open_to_append(path: Path, key: str) -> int:
     """A descriptor that appends to the file at `path`, which is made if there is none.
 
-    Args:
-        key: what names the file to the user, for the error.
-
     Raises:
         OutputError: it cannot be opened.
         ConfigError: there is a symbolic link, something that is no regular file, or a file of another user.
@@ -127,9 +133,6 @@ def open_to_append(path: Path, key: str) -> int:
 def open_own_folder(path: Path, key: str) -> int:
     """A descriptor of the folder at `path`, which belongs to this user, and to which no other may write.
 
-    Args:
-        key: what names the folder to the user, for the error.
-
     Raises:
         FileNotFoundError: there is none.
         ConfigError: it is no such folder, or cannot be read.
@@ -151,9 +154,6 @@ def open_own_folder(path: Path, key: str) -> int:
 def make_own_folder(path: Path, key: str, mode: int = FOLDER_MODE) -> None:
     """Make the folder at `path`, unless there is one that belongs to this user and to which no other may write.
 
-    Args:
-        key: what names the folder to the user, for the error.
-
     Raises:
         OutputError: it cannot be made.
         ConfigError: something else is there.
@@ -166,7 +166,7 @@ def make_own_folder(path: Path, key: str, mode: int = FOLDER_MODE) -> None:
 
 
 def make_own_folders(root: Path, path: Path, key: str) -> None:
-    """The same permanentlyy folder on the way from `root`, which is there, to `path`."""
+    """As `make_own_folder`, for every folder on the way from `root`, which is there, to `path`."""
     for part in path.relative_to(root).parts:
         root /= part
         make_own_folder(root, key)
@@ -176,9 +176,6 @@ def check_own_tree(root: Path, key: str) -> None:
     """Make sure that the folder `root` and all in it belong to this user, and that no other may write there.
 
     Symbolic links in it are not followed: they are this user's own.
-
-    Args:
-        key: what names the folder to the user, for the error.
 
     Raises:
         ConfigError: something belongs to another user, or may be written by others.
@@ -190,26 +187,6 @@ def check_own_tree(root: Path, key: str) -> None:
             _check_owner(found, path, key, "a file or folder")
             if not stat.S_ISLNK(found.st_mode):
                 _check_mode(found, path, key, _OTHERS_WRITE)
-
-
-def _read(path: Path, key: str, forbidden: int) -> bytes:
-    try:
-        # Without O_NONBLOCK the open of a named pipe waits for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-        raise ConfigError(key, str(path), f"a regular file that its owner can read ({reason})") from error
-    try:
-        found = os.fstat(descriptor)
-        _check_file(found, path, key, forbidden)
-        if found.st_size > _MAX_BYTES:
-            raise ConfigError(key, str(path), f"at most {_MAX_BYTES} bytes long; it has {found.st_size}")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read(_MAX_BYTES)
-    finally:
-        os.close(descriptor)
 
 
 def _check_file(found: os.stat_result, path: Path, key: str, forbidden: int) -> None:

@@ -78,6 +78,9 @@ class JobFolder:
         return self.root / "summary.json"
 
 
+_WRITTEN_AS_THEY_ARE = ("redis_url", "job_id", "resume", "first_work_item", "chosen_token")
+
+
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """A job as its processes see it. Holds the secret: it is kept in memory and in one file of mode 0600.
@@ -111,11 +114,7 @@ class JobSpec:
             "job_file": str(self.job_file),
             "output": str(self.folder.root),
             "secret": self.secret.hex(),
-            "redis_url": self.redis_url,
-            "job_id": self.job_id,
-            "resume": self.resume,
-            "first_work_item": self.first_work_item,
-            "chosen_token": self.chosen_token,
+            **{name: getattr(self, name) for name in _WRITTEN_AS_THEY_ARE},
         }
         write_json(self.folder.spec, document, mode=0o600)
 
@@ -133,11 +132,7 @@ class JobSpec:
             job_file=Path(document["job_file"]),
             folder=JobFolder(Path(document["output"])),
             secret=bytes.fromhex(document["secret"]),
-            redis_url=document["redis_url"],
-            job_id=document["job_id"],
-            resume=document["resume"],
-            first_work_item=document["first_work_item"],
-            chosen_token=document["chosen_token"],
+            **{name: document[name] for name in _WRITTEN_AS_THEY_ARE},
         )
 
 

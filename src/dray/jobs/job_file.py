@@ -27,8 +27,8 @@ MAX_MISTAKES: Final = 50
 """Mistakes of one job file that are reported."""
 
 _MAX_DEPTH = 64
-_RENAMED = (("job", "payload_transfer", "transfer", {"ucxx": "reference", "redis": "inline"}),)
-"""Table, earlier name of a key, its name, and the names of its values."""
+_TRANSFERS = {"ucxx": "reference", "redis": "inline"}
+"""Values of `job.payload_transfer`, as `job.transfer` was called, and their names now."""
 _REDIS = ["redis"]
 _URL_MARK = "://"
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -126,16 +126,15 @@ def _drafted(document: Mapping[str, Any], mistakes: list[ConfigError]) -> JobDra
 
 def _with_new_names(document: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     """`document` with the names that keys have now, and a line about each that had an earlier one."""
-    notes = []
-    for table, old, new, values in _RENAMED:
-        found = document.get(table)
-        if isinstance(found, Mapping) and old in found and new not in found:
-            value = found[old]
-            renamed = {**found, new: values.get(value, value) if isinstance(value, str) else value}
-            del renamed[old]
-            document = {**document, table: renamed}
-            notes.append(f"{table}.{old} is read as {table}.{new}, its new name: {table}.{new} = {renamed[new]!r}")
-    return document, tuple(notes)
+    job = document.get("job")
+    if not isinstance(job, Mapping) or "payload_transfer" not in job or "transfer" in job:
+        return document, ()
+    job = dict(job)
+    value = job.pop("payload_transfer")
+    job["transfer"] = _TRANSFERS.get(value, value) if isinstance(value, str) else value
+    name = "job.transfer"
+    note = f"job.payload_transfer is read as {name}, its new name: {name} = {job['transfer']!r}"
+    return {**document, "job": job}, (note,)
 
 
 def _usable(document: Mapping[str, Any], wrong: Collection[_Location]) -> JobConfig:

@@ -1,8 +1,8 @@
-"""How a process of a job begins and ends: it ends with its supervisor, with signals, stack dumps and a log.
+"""How a process of a job begins and ends: with its supervisor, with signals, stack dumps, a log and its children.
 
 No process outlives its job. The kernel signals a child whose supervisor has died (`PR_SET_PDEATHSIG`), and a
 thread that watches the supervisor then kills everything below the child, and its process group. The child adopts
-whom its own children leave behind (`PR_SET_CHILD_SUBREAPER`), so that a session or a daemon of an environment does
+what its own children leave behind (`PR_SET_CHILD_SUBREAPER`), so that a session or a daemon of an environment does
 not get away. When the child itself is killed, the supervisor adopts them.
 
 What user code forks is no process of the job: it handles signals and uncaught exceptions as Python does.
@@ -23,12 +23,13 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from types import MappingProxyType, TracebackType
-from typing import IO, TYPE_CHECKING, Final, NoReturn, TypeVar
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, NoReturn, TypeVar
 
-from dray.clock import MONOTONIC, Stopwatch
+import psutil
+
+from dray.clock import MONOTONIC, Deadline, Stopwatch
 from dray.forking import SignalHandlers, call_in_children, not_inherited
-from dray.jobs.descendants import ends_within, kill_descendants
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.standard_streams import flush_streams
 from dray.resources import Closing, raise_descriptor_limit
@@ -45,11 +46,6 @@ PARENT_VARIABLE = "DRAY_SUPERVISOR_PID"
 
 DUMP_SIGNAL = signal.SIGUSR1
 """Makes a process of the job write the stacks of all its threads to its log."""
-
-LEVELS: Final[Mapping[LogLevel, int]] = MappingProxyType(
-    {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-)
-"""The number of each level in `logging`."""
 
 _LAST_BOUND = 3.0
 _OTHERS_WRITE = 0o022
@@ -106,10 +102,6 @@ class StopFlag:
                 return
         callback()
 
-    def wait(self, timeout: float | None) -> bool:
-        """Wait until the flag is set, at most `timeout` seconds; returns whether it is."""
-        return self.event.wait(timeout)
-
 
 def begin_process(name: str) -> None:
     """To be called first in a process that the supervisor started; exits if the supervisor is gone already."""
@@ -146,9 +138,8 @@ def printable_handler(prefix: str = "", stream: IO[str] | None = None) -> loggin
 
 def set_log_level(level: LogLevel) -> None:
     """Log from `level` on. "debug" adds the messages of dray; other libraries log from "info" on at most."""
-    number = LEVELS[level]
-    logging.getLogger("dray").setLevel(number)
-    logging.getLogger().setLevel(max(number, logging.INFO))
+    logging.getLogger("dray").setLevel(level.upper())
+    logging.getLogger().setLevel("INFO" if level == "debug" else level.upper())
 
 
 def stop_on_signals(on_stop: Callable[[signal.Signals], None]) -> None:
@@ -167,17 +158,16 @@ def stop_on_signals(on_stop: Callable[[signal.Signals], None]) -> None:
 
 
 def finish_process() -> None:
-    """The exit code is decided: a signal that comes from here on must not change it; what hangs is killed."""
+    """The exit code is decided: signals from here on do not change it; what hangs is killed."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def leave(code: int) -> NoReturn:
-    """Exit without tearing the interpreter down.
+    """Exit after the exit handlers, without tearing the interpreter down.
 
-    Everything of dray is closed by now. What is left is to take apart the user's libraries, which takes seconds
-    for some of them and can run into threads of theirs; the process goes as a whole instead, after its exit
-    handlers.
+    Everything of dray is closed by now. To take the user's libraries apart takes seconds for some of them, and can
+    run into threads of theirs.
     """
     atexit._run_exitfuncs()
     flush_streams()
@@ -185,19 +175,13 @@ def leave(code: int) -> NoReturn:
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """Kill everything below this process and end it, without exit handlers.
-
-    The supervisor would kill what is left, but it may be gone, and its end the reason for this one.
-    """
+    """Kill everything below this process and end it, without exit handlers: the supervisor may be gone."""
     kill_descendants(_LAST_BOUND)
     os._exit(code)
 
 
 def exit_with_own_code_on_crash() -> None:
-    """Let an uncaught exception end the process with `ExitCode.INTERNAL`.
-
-    Python's own code for it is 1, which means that a job was not finished.
-    """
+    """Let an uncaught exception end the process with `ExitCode.INTERNAL`: Python's 1 means "not finished"."""
     sys.excepthook = _crashed
     call_in_children(_forget_crash_code)
 
@@ -232,9 +216,7 @@ def _bind_to_parent(parent: int) -> None:
         sys.exit(f"the supervisor (pid {parent}) is gone")
 
     def watch() -> None:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        poll.poll()
+        ends_within(descriptor, None)
         kill_descendants(_LAST_BOUND)
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)
@@ -292,6 +274,92 @@ class SignalInbox(Closing):
             self._handlers.restore()
             self._reader.close()
             self._writer.close()
+
+
+# --- descendants -------------------------------------------------------------------------------------------------
+
+# A pid may be reused as soon as its process was waited for. So a process is killed through a pidfd, and only if
+# the pid still was that of the process that was found after the pidfd was opened.
+
+_STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+_ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+"""States of a process that has ended, and that its parent has not waited for yet."""
+
+
+def child_pids() -> set[int]:
+    """The pids of this process's children, ended ones included."""
+    return {child.pid for child in psutil.Process().children()}
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process, a child of this one, has neither ended nor been stopped by a signal or a debugger."""
+    try:
+        return psutil.Process(pid).status() not in _ENDED + _STOPPED
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill_descendants(timeout: float) -> None:
+    """Kill every process below this one, and what they start meanwhile, within `timeout` seconds.
+
+    Complete if this process adopts orphans: a process whose parent is killed first stays below this one.
+    """
+    deadline = Deadline.after(timeout)
+    while (found := _descendants()) and not deadline.expired:
+        _kill_and_wait(found, deadline)
+
+
+def kill_orphans(known: Collection[int], timeout: float) -> int:
+    """Kill and collect children that this process did not start but was given when their parents ended.
+
+    Args:
+        known: children that are not meant.
+        timeout: seconds to wait for each round; killing one may orphan others.
+
+    Returns:
+        How many were alive and were killed; those that had ended already are collected, too, and not counted.
+    """
+    killed, all_ended = 0, True
+    while all_ended and (orphans := [each for each in psutil.Process().children() if each.pid not in known]):
+        alive = {each.pid for each in orphans if not _has_ended(each)}
+        all_ended = _kill_and_wait(orphans, Deadline.after(timeout))
+        for orphan in orphans:
+            ended, status = os.waitpid(orphan.pid, os.WNOHANG)
+            if ended in alive:
+                killed += os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    return killed
+
+
+def ends_within(pidfd: int, timeout: float | None) -> bool:
+    """Whether the process of `pidfd` has ended or does so within `timeout` seconds."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(None if timeout is None else timeout * 1000))
+
+
+def _descendants() -> list[psutil.Process]:
+    return [each for each in psutil.Process().children(recursive=True) if not _has_ended(each)]
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() in _ENDED
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _kill_and_wait(processes: Collection[psutil.Process], deadline: Deadline) -> bool:
+    """Kill all of them first, so that none has the time to start another, then wait; True if all have ended."""
+    killed = []
+    with ExitStack() as opened:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(process.pid)
+                opened.callback(os.close, descriptor)
+                if process.is_running():
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                    killed.append(descriptor)
+        return all(ends_within(descriptor, deadline.remaining) for descriptor in killed)
 
 
 # --- child process -----------------------------------------------------------------------------------------------
@@ -357,7 +425,7 @@ class ChildProcess:
 
     def has_ended(self, timeout: float = 0.0) -> bool:
         """Whether the process has ended or does so within `timeout` seconds."""
-        return self.exit_code is not None or ends_within(self.pidfd, timeout)
+        return not self.running or ends_within(self.pidfd, timeout)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process, unless it has ended."""
@@ -366,8 +434,8 @@ class ChildProcess:
 
     def kill_group(self) -> None:
         """Kill the process and every other one in its group."""
+        # The group's number stays in use until the dead leader is waited for.
         if self.running:
-            # The group's number stays in use until the dead leader is waited for.
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
@@ -376,7 +444,7 @@ class ChildProcess:
 
         What is left of its process group is killed.
         """
-        if self.exit_code is None and self.has_ended(timeout):
+        if self.running and self.has_ended(timeout):
             self.kill_group()
             self.exit_code = self._process.wait()
             os.close(self.pidfd)
@@ -404,51 +472,35 @@ def folder_is_local() -> bool:
     return ADDRESS_VARIABLE not in os.environ
 
 
-# --- process -----------------------------------------------------------------------------------------------------
+# --- shutdown steps ----------------------------------------------------------------------------------------------
 
 _Opened = TypeVar("_Opened")
 
 
-class ShutdownStep:
-    """One step.
+@contextmanager
+def shutdown_step(what: str, waits_for: str, bound: float) -> Iterator[None]:
+    """The block is a step of the shutdown: its begin and its end are logged.
 
     Args:
         what: is done, e.g. ``"unregister"``.
-        waits_for: whom or what it waits for.
+        waits_for: the component that it waits for.
         bound: seconds that it takes at most.
     """
-
-    def __init__(self, what: str, waits_for: str, bound: float) -> None:
-        self._what = what
-        self._waits_for = waits_for
-        self._bound = bound
-        self._began: Stopwatch | None = None
-
-    def begin(self) -> None:
-        """Log that the step begins."""
-        self._began = Stopwatch()
-        _LOG.info("shutdown: %s, waiting for %s, at most %.1f s", self._what, self._waits_for, self._bound)
-
-    def end(self) -> None:
-        """Log how long it took, if it has begun."""
-        if self._began is not None:
-            _LOG.info("shutdown: %s took %.2f s", self._what, self._began.elapsed)
-
-
-@contextmanager
-def shutdown_step(what: str, waits_for: str, bound: float) -> Iterator[None]:
-    """The block is a step of the shutdown; parameters as for `ShutdownStep`."""
-    step = ShutdownStep(what, waits_for, bound)
-    step.begin()
+    began = Stopwatch()
+    _LOG.info("shutdown: %s, waiting for %s, at most %.1f s", what, waits_for, bound)
     try:
         yield
     finally:
-        step.end()
+        _LOG.info("shutdown: %s took %.2f s", what, began.elapsed)
 
 
-def closed_by_step(stack: ExitStack, opened: AbstractContextManager[_Opened], step: ShutdownStep) -> _Opened:
-    """Enter `opened` in `stack`, whose end closes it as a step of the shutdown."""
-    stack.callback(step.end)
-    entered = stack.enter_context(opened)
-    stack.callback(step.begin)
-    return entered
+@contextmanager
+def closed_by_step(
+    opened: AbstractContextManager[_Opened], what: str, waits_for: str, bound: float
+) -> Iterator[_Opened]:
+    """`opened`, whose end is a step of the shutdown; parameters as for `shutdown_step`."""
+    with ExitStack() as step, opened as entered:
+        try:
+            yield entered
+        finally:
+            step.enter_context(shutdown_step(what, waits_for, bound))

@@ -1,11 +1,11 @@
 """Reads batches of references: at once, or in the background while the batch before is in use.
 
 `BatchReader` is the driver. State machines without I/O decide for it: `ReadAttempts` (layer 2), `BatchFetch`
-(layer 3) and `DoubleBuffer` (which batch is fetched). `FreeingThreads` frees payloads and drives `Freeing`.
+(layer 3), `DoubleBuffer` (which batch is fetched) and `Freeing` (which producer frees payloads next).
 """
 
 from dray.prefetch.batch import BatchFetch, DoubleBuffer, Fetched, Pause, Read, ReadAttempts
-from dray.prefetch.freeing import Free, Freeing, FreeingThreads
+from dray.prefetch.freeing import Free, Freeing
 from dray.prefetch.reader import BatchReader, BatchReaderStatistics
 from dray.prefetch.threads import Source
 
@@ -17,7 +17,6 @@ __all__ = [
     "Fetched",
     "Free",
     "Freeing",
-    "FreeingThreads",
     "Pause",
     "Read",
     "ReadAttempts",

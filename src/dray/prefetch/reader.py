@@ -16,7 +16,7 @@ from dray.counters import Counters
 from dray.errors import BufferClosedError, ConfigError, DrayError
 from dray.payload import Values
 from dray.prefetch.batch import MAX_READS, MAX_ROUNDS, BatchFetch, DoubleBuffer, Fetched, ReadAttempts
-from dray.prefetch.freeing import CLOSE_SECONDS, FreeingThreads
+from dray.prefetch.freeing import CLOSE_SECONDS, MAX_ATTEMPTS, RETRY_PAUSE, FreeingThreads
 from dray.prefetch.threads import ReadThreads, Source, Threading
 from dray.protocol import PayloadRef
 from dray.resources import Closing
@@ -59,6 +59,7 @@ class BatchReader(Closing):
         read_timeout: seconds that one read of a payload, or of a group of a batch's payloads, may take.
         consume: free payloads that `collect` and `result` hand out. False leaves that to the caller, and `collect`
             keeps no results for `result`.
+        free_attempts, free_pause: requests to free the same payloads, and the seconds between two of them.
         clock, threading: sources of the time, and of locks and threads.
 
     Raises:
@@ -74,6 +75,8 @@ class BatchReader(Closing):
         rounds: int = MAX_ROUNDS,
         read_timeout: float | None = None,
         consume: bool = True,
+        free_attempts: int = MAX_ATTEMPTS,
+        free_pause: float = RETRY_PAUSE,
         clock: Clock = MONOTONIC,
         threading: Threading = threading,
     ) -> None:
@@ -102,6 +105,8 @@ class BatchReader(Closing):
         self._freeing = FreeingThreads(
             lambda refs, seconds: source.consume(refs, timeout=seconds),
             self._counters,
+            max_attempts=free_attempts,
+            pause=free_pause,
             on_crash=self._threads.crash,
             clock=clock,
             threading=threading,
@@ -227,6 +232,15 @@ class BatchReader(Closing):
         with self._lock():
             self._check_open()
             self._freeing.add(refs)
+
+    def to_free(self) -> list[PayloadRef]:
+        """Return the payloads that are to be freed, and are neither freed nor given up."""
+        return self._freeing.waiting()
+
+    @property
+    def unfreed(self) -> int:
+        """Payloads that were to be freed and are not: those that wait, and those that were given up."""
+        return self._freeing.unfreed
 
     @property
     def fetching(self) -> tuple[PayloadRef, ...]:

@@ -40,14 +40,13 @@ from functools import cached_property
 from typing import Final
 
 from dray.errors import ConfigError, ProtocolError, VersionMismatch
-from dray.identifiers import PRODUCER_ID_BYTES
+from dray.identifiers import MAX_SLOT_BYTES, PRODUCER_ID_BYTES
 
 MAGIC: Final = b"DRAYRING"
 VERSION: Final = 1
 PAGE: Final = 4096
 CACHE_LINE: Final = 64
 MAX_SLOTS: Final = 1 << 20
-MAX_SLOT_BYTES: Final = 1 << 42
 
 SEGMENT_HEADER: Final = struct.Struct(f"<8sIIQQQQ{PRODUCER_ID_BYTES}s")
 SLOT_HEADER: Final = struct.Struct("<BB6xQQQdQ16x")

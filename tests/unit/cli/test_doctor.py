@@ -5,10 +5,17 @@ import numpy as np
 import pytest
 
 from dray import __version__
-from dray.cli.doctor import as_document, facts, lines, needed_lanes, remarks
-from dray.cli.lane_check import LaneReport
-from dray.cli.lane_proof import digest
-from dray.cli.machine import MachineFacts, inspect_machine, rdma_devices
+from dray.cli.doctor import (
+    MachineFacts,
+    as_document,
+    facts,
+    inspect_machine,
+    lines,
+    needed_lanes,
+    rdma_devices,
+    remarks,
+)
+from dray.cli.lane_check import LaneReport, digest
 from dray.errors import ConfigError
 
 WORKS = LaneReport("shm", True, "1,048,768 bytes read", "", 1048768, 0.002)

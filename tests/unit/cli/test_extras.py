@@ -68,7 +68,7 @@ def test_command_without_its_extra_names_package_and_extra_in_one_line(
 
 @pytest.mark.parametrize(
     "command",
-    [["doctor", "--json"], ["slurm", "status", "."], ["bench", "--help"], ["run", "--help"], ["check", "--help"]],
+    [["doctor", "--json"], ["slurm", "status", "."], ["run", "--help"], ["check", "--help"]],
 )
 def test_command_that_needs_no_other_extra_works_with_that_of_the_command_line(
     tmp_path: Path, command: list[str]

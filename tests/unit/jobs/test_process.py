@@ -12,7 +12,7 @@ from dray.jobs.process import StopFlag
 def test_first_reason_to_stop_stands_and_callbacks_run_once() -> None:
     stop, called = StopFlag(), []
     stop.on_set(lambda: called.append("before"))
-    assert not stop.wait(0)
+    assert not stop.event.wait(0)
     stop.set("SIGTERM", 143)
     stop.set("the job has ended")
     stop.on_set(lambda: called.append("after"))
@@ -23,7 +23,7 @@ def test_stop_wakes_waiters() -> None:
     stop = StopFlag()
     timer = threading.Timer(0.05, stop.set, ["enough"])
     timer.start()
-    assert stop.wait(10)
+    assert stop.event.wait(10)
     timer.join()
 
 

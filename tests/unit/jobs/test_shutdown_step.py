@@ -2,7 +2,7 @@ import contextlib
 
 import pytest
 
-from dray.jobs.process import ShutdownStep, closed_by_step, shutdown_step
+from dray.jobs.process import closed_by_step, shutdown_step
 
 
 def test_step_reports_what_it_does_and_waits_for_and_how_long_it_took(caplog: pytest.LogCaptureFixture) -> None:
@@ -17,15 +17,36 @@ def test_step_reports_what_it_does_and_waits_for_and_how_long_it_took(caplog: py
 def test_what_is_closed_by_a_step_is_closed_within_it(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "dray.jobs.process")
     seen: list[int] = []
-    step = ShutdownStep("close", "the server", 1.0)
-    with contextlib.ExitStack() as stack:
 
-        @contextlib.contextmanager
-        def server():
-            yield 5
-            seen.append(len(caplog.messages))
+    @contextlib.contextmanager
+    def server():
+        yield 5
+        seen.append(len(caplog.messages))
 
-        assert closed_by_step(stack, server(), step) == 5
+    with closed_by_step(server(), "close", "the server", 1.0) as entered:
+        assert entered == 5
         assert caplog.messages == []
     assert seen == [1]
+    assert len(caplog.messages) == 2
+
+
+def test_what_is_closed_by_a_step_gets_the_exception_of_the_block_and_no_step_if_it_does_not_open(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "dray.jobs.process")
+
+    @contextlib.contextmanager
+    def server(fault: str):
+        if fault == "opening":
+            raise LookupError(fault)
+        try:
+            yield
+        except ValueError:
+            raise LookupError("instead") from None
+
+    with pytest.raises(LookupError, match="opening"), closed_by_step(server("opening"), "close", "it", 1.0):
+        pass
+    assert caplog.messages == []
+    with pytest.raises(LookupError, match="instead"), closed_by_step(server(""), "close", "it", 1.0):
+        raise ValueError
     assert len(caplog.messages) == 2

@@ -266,6 +266,17 @@ def test_freeing_is_tried_again_and_counted_when_given_up(reader: BatchReader, s
     assert reader.statistics().freed == 1
 
 
+def test_freeing_may_be_tried_more_often_and_what_waits_is_known(source: FakeSource) -> None:
+    source.free_errors = [TIMEOUT] * 6
+    source.free_gate.clear()
+    with BatchReader(source, consume=False, free_attempts=7, free_pause=0.01) as reader:
+        reader.discard(refs(2))
+        assert (reader.to_free(), reader.unfreed) == (refs(2), 2)
+        source.free_gate.set()
+        wait_until(lambda: reader.unfreed == 0, "the seventh attempt")
+        assert (source.freed, reader.to_free()) == ([0, 1], [])
+
+
 def test_what_was_handed_out_is_freed_before_the_end(source: FakeSource) -> None:
     with BatchReader(source) as reader:
         reader.fetch_all(refs(5))

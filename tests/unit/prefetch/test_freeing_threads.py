@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dray.clock import Deadline
 from dray.counters import Counters
 from dray.errors import BufferClosedError, ProducerLostError, TransportTimeout
-from dray.prefetch import FreeingThreads
+from dray.prefetch.freeing import FreeingThreads
 from dray.protocol import PayloadRef
 
 STOPPED, ALIVE, GONE = (bytes([number]) * 16 for number in (1, 2, 3))

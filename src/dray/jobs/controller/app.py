@@ -1,7 +1,7 @@
 """The controller: an HTTP service that knows who takes part in a job and which phase it is in.
 
-One event loop owns all state, so a request sees the job at one moment. Decisions are in `membership` and
-`work_items`; here is only what reaches them from outside: requests, the clock, signals.
+One event loop owns all state, so a request sees the job at one moment. Decisions are in `state` and `work_queue`;
+here is only what reaches them from outside: requests, the clock, signals.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,7 @@ from dray.counters import Counters
 from dray.jobs.controller.listener import PROVEN, HttpServer
 from dray.jobs.controller.metrics import MEDIA_TYPE, JobMetrics
 from dray.jobs.controller.stall import StallWatch, job_snapshot
-from dray.jobs.controller.state import Membership, Outcome, Progress, final_phase
+from dray.jobs.controller.state import Membership, final_phase
 from dray.jobs.controller.work_queue import WorkQueue, work_item_seed
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.files import write_json
@@ -46,8 +45,6 @@ from dray.jobs.process import begin_process, finish_process, set_log_level, shut
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# --- controller --------------------------------------------------------------------------------------------------
-
 MAX_BODY = 4 << 20
 HTTP_CLOSE_BOUND = 2
 _LOG = logging.getLogger("dray.jobs.controller.app")
@@ -55,6 +52,16 @@ _HEALTH = "/healthz"
 _NOT_JSON = {"type": "json_invalid", "loc": ["body"], "msg": "JSON decode error"}
 _SECURITY: dict[str, Any] = {"security": [{"token": []}]}
 _NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    401: {"model": models.ErrorReply, "description": "the token is missing or wrong"},
+    409: {"model": models.ErrorReply, "description": "the caller is not, or no longer, a member"},
+    413: {"model": models.ErrorReply, "description": "the body is too large"},
+    422: {"model": models.ErrorReply, "description": "the body is malformed"},
+}
+"""Status codes other than 200, all with an `ErrorReply`."""
+
+# --- controller --------------------------------------------------------------------------------------------------
 
 
 class Controller:
@@ -100,45 +107,39 @@ class Controller:
         """Let the time that has passed act on the job."""
         self.membership.reap()
         if self._stall.update(job_snapshot(self.membership, MONOTONIC.now(), self._running.elapsed)):
-            _LOG.warning("stall: %s", self._stall.line)
+            assert self._stall.stall is not None
+            _LOG.warning("stall: %s", self._stall.stall.line)
         await self._after_event()
 
     async def interrupt(self, reason: str) -> None:
         """End the job whatever its members do."""
-        self.membership.stop(Outcome("interrupted", reason))
+        self.membership.stop("interrupted", reason)
         await self._after_event()
         self.final.set()
 
     def status(self) -> models.Status:
         """The job as it is now."""
         membership, now = self.membership, MONOTONIC.now()
-        outcome = membership.outcome
         return models.Status(
             job=self._spec.config.job.name,
             phase=membership.phase,
             seconds=self._running.elapsed,
-            outcome=None if outcome is None else models.OutcomeReport(**asdict(outcome)),
+            outcome=membership.outcome,
             work_items=membership.work_items.statistics(),
-            stall=self._stalled(),
+            stall=self._stall.stall,
             members=[
                 models.MemberStatus(
-                    name=member.name,
-                    role=member.role,
-                    state=member.state,
-                    reason=member.reason,
-                    pid=member.pid,
-                    silence=now - member.last_request,
-                    progress=models.ProgressReport(**asdict(member.progress)),
+                    name=each.name,
+                    role=each.role,
+                    state=each.state,
+                    reason=each.reason,
+                    pid=each.pid,
+                    silence=now - each.last_request,
+                    progress=each.progress,
                 )
-                for member in membership.members.values()
+                for each in membership.members.values()
             ],
         )
-
-    def _stalled(self) -> models.Stall | None:
-        stall = self._stall
-        if not stall.line:
-            return None
-        return models.Stall(line=stall.line, seconds=stall.seconds, reports=stall.reports)
 
     async def _after_event(self) -> None:
         membership = self.membership
@@ -147,7 +148,7 @@ class Controller:
         if membership.outcome is not None and self._record is not None:
             record, self._record = self._record, None
             record(self.status())
-        if membership.phase.is_final and not self.final.is_set():
+        if membership.phase.is_final:
             self.final.set()
         async with self._changed:
             self._changed.notify_all()
@@ -162,24 +163,22 @@ class Controller:
             separate_input_output_schemas=False,
             strict_content_type=False,
             generate_unique_id_function=lambda route: route.name.lstrip("_"),
+            exception_handlers={
+                MembershipError: _not_a_member,
+                RequestValidationError: _malformed,
+                400: _malformed,  # FastAPI's for a body that is not JSON
+                413: _too_large,
+            },
             telemetry=_NO_TELEMETRY,  # the environment must not decide where the figures of a job are sent
         )
         application.add_middleware(_TokenRequired, token=self._spec.token)
-        application.add_exception_handler(MembershipError, _not_a_member)
-        application.add_exception_handler(RequestValidationError, _malformed)
-        application.add_exception_handler(400, _malformed)  # FastAPI's for a body that is not JSON
-        application.add_exception_handler(413, _too_large)
         get = partial(application.add_api_route, methods=["GET"])
         get(_HEALTH, self._healthz, summary="Whether the controller is alive.", response_class=PlainTextResponse)
         get = partial(get, responses={401: REFUSALS[401]}, openapi_extra=_SECURITY)
         get("/openapi.json", self._openapi, summary="This interface as an OpenAPI document.")
         get("/status", self._status, summary="Phase, outcome, replicas with their progress, stalls.")
-        get(
-            "/metrics",
-            self._metrics,
-            summary="The same as numbers, for Prometheus.",
-            response_class=PlainTextResponse,
-        )
+        numbers = "The same as numbers, for Prometheus."
+        get("/metrics", self._metrics, summary=numbers, response_class=PlainTextResponse)
         post = partial(application.add_api_route, methods=["POST"], responses=REFUSALS, openapi_extra=_SECURITY)
         post("/register", self._register, summary="A replica has started.")
         post("/heartbeat", self._heartbeat, summary="A replica is alive; its progress.")
@@ -192,10 +191,6 @@ class Controller:
         post("/stop", self._stop, summary="The supervisor ends the job early.")
         return application
 
-    @property
-    def _readers(self) -> int:
-        return len(self.membership.active(Role.POLICY))
-
     async def _wait_for_change(self, deadline: Deadline) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(deadline.timeout), self._changed:
@@ -206,9 +201,15 @@ class Controller:
         return models.Directive(
             phase=phase,
             stop=not phase.gives_work,
-            readers=self._readers,
+            readers=len(self.membership.active(Role.POLICY)),
             given_up=self.membership.work_items.given_up,
         )
+
+    async def _changed_directive(self) -> models.Directive:
+        await self._after_event()
+        return self._directive()
+
+    # --- endpoints -----------------------------------------------------------------------------------------------
 
     async def _healthz(self) -> str:
         return "ok\n"
@@ -222,77 +223,63 @@ class Controller:
         return self.status()
 
     async def _metrics(self) -> Response:
-        membership, stalled = self.membership, self._stall.seconds
-        metrics = JobMetrics(self._spec.config.job.name, membership, stalled, self.connections.snapshot())
+        stalled = 0.0 if self._stall.stall is None else self._stall.stall.seconds
+        metrics = JobMetrics(self._spec.config.job.name, self.membership, stalled, self.connections.snapshot())
         # Requests are answered meanwhile.
         return Response(await asyncio.to_thread(metrics.text), media_type=MEDIA_TYPE)
 
     async def _register(self, body: models.Register) -> models.Directive:
         self.membership.register(body.name, body.role, body.incarnation, body.pid)
-        await self._after_event()
-        return self._directive()
+        return await self._changed_directive()
 
     async def _heartbeat(self, body: models.Heartbeat) -> models.Directive:
-        report = body.progress
-        progress = Progress(**dict(report))
-        self.membership.note_request(body.name, body.incarnation, progress)
+        self.membership.note_request(body.name, body.incarnation, body.progress)
         self.membership.work_items.finished(body.finished)
         self.membership.work_items.finished_parts(body.finished_parts)
-        await self._after_event()
+        directive = await self._changed_directive()
         deadline = Deadline.after(body.until_unread)
-        while (self._readers or self.membership.phase.gives_work) and not deadline.expired:
+        while (directive.readers or not directive.stop) and not deadline.expired:
             await self._wait_for_change(deadline)
-        return self._directive()
+            directive = self._directive()
+        return directive
 
     async def _work_items(self, body: models.TakeWork) -> models.WorkList:
-        self.membership.note_request(body.name, body.incarnation)
-        self.membership.work_items.published(body.name, body.published)
+        membership, work_items = self.membership, self.membership.work_items
+        membership.note_request(body.name, body.incarnation)
+        work_items.published(body.name, body.published)
         if body.failed:
-            self.membership.failed(body.name, body.failed)
+            membership.failed(body.name, body.failed)
             await self._after_event()
         deadline = Deadline.after(body.wait)
         taken: list[int] = []
-        while self.membership.phase.gives_work:
-            others = [each.name for each in self.membership.active(Role.ROLLOUT) if each.name != body.name]
-            taken = self.membership.work_items.assign(body.name, body.want, working=body.working, others=others)
+        while membership.phase.gives_work:
+            others = [each.name for each in membership.active(Role.ROLLOUT) if each.name != body.name]
+            taken = work_items.assign(body.name, body.want, working=body.working, others=others)
             if taken or deadline.expired:
                 break
             await self._wait_for_change(deadline)
-            self.membership.note_request(body.name, body.incarnation)
+            membership.note_request(body.name, body.incarnation)
         seed = self._spec.config.job.seed
-        directive = self._directive()
-        work_items = [(index, work_item_seed(seed, index)) for index in taken]
-        attempts = [self.membership.work_items.attempt(index) for index in taken]
-        return models.WorkList(**directive.model_dump(), work_items=work_items, attempts=attempts)
+        return models.WorkList(
+            **self._directive().model_dump(),
+            work_items=[(index, work_item_seed(seed, index)) for index in taken],
+            attempts=[work_items.attempt(index) for index in taken],
+        )
 
     async def _under_way(self, body: models.Caller) -> models.UnfinishedWork:
         self.membership.note_request(body.name, body.incarnation)
-        work_items = self.membership.work_items
-        unfinished, following = work_items.unfinished()
-        return models.UnfinishedWork(
-            unfinished=unfinished,
-            published=work_items.in_flight(),
-            next=following,
-            finished_parts=work_items.partly_finished(),
-        )
+        return self.membership.work_items.under_way()
 
     async def _finish(self, body: models.Finish) -> models.Directive:
         self.membership.note_request(body.name, body.incarnation)
-        self.membership.stop(Outcome(body.kind, body.reason))
-        await self._after_event()
-        return self._directive()
+        self.membership.stop(body.kind, body.reason)
+        return await self._changed_directive()
 
     async def _unregister(self, body: models.Unregister) -> models.Directive:
         self.membership.left(
-            body.name,
-            body.incarnation,
-            body.reason,
-            body.published,
-            failed=body.failed,
-            exit_code=body.exit_code,
+            body.name, body.incarnation, body.reason, body.published, failed=body.failed, exit_code=body.exit_code
         )
-        await self._after_event()
-        return self._directive()
+        return await self._changed_directive()
 
     async def _alive(self, body: models.Alive) -> models.Directive:
         for each in body.seen:
@@ -300,16 +287,17 @@ class Controller:
         return self._directive()
 
     async def _stop(self, body: models.Stop) -> models.Directive:
-        self.membership.stop(Outcome("interrupted", body.reason))
-        await self._after_event()
-        return self._directive()
+        self.membership.stop("interrupted", body.reason)
+        return await self._changed_directive()
 
     async def _died(self, body: models.Died) -> models.Directive:
         self.membership.died(
             body.name, body.role, body.reason, pid=body.pid, final=body.final, exit_code=body.exit_code
         )
-        await self._after_event()
-        return self._directive()
+        return await self._changed_directive()
+
+
+# --- requests that are refused -----------------------------------------------------------------------------------
 
 
 class _TokenRequired:
@@ -340,20 +328,10 @@ def _bounded(receive: Receive, scope: Scope) -> Receive:
         if left < 0:
             raise HTTPException(413)
         if message["type"] == "http.disconnect":
-            path = scope["path"]
-            _LOG.info("a client closed its connection before its request for %s was complete", path)
+            _LOG.info("a client closed its connection before its request for %s was complete", scope["path"])
         return message
 
     return receive_bounded
-
-
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    401: {"model": models.ErrorReply, "description": "the token is missing or wrong"},
-    409: {"model": models.ErrorReply, "description": "the caller is not, or no longer, a member"},
-    413: {"model": models.ErrorReply, "description": "the body is too large"},
-    422: {"model": models.ErrorReply, "description": "the body is malformed"},
-}
-"""Status codes other than 200, all with an `ErrorReply`."""
 
 
 def _refusal(status: int, reply: models.ErrorReply, headers: dict[str, str] | None = None) -> Response:
@@ -374,6 +352,9 @@ async def _too_large(_request: Request, _error: Exception) -> Response:
     return _refusal(413, models.ErrorReply(error="too large", detail=f"at most {MAX_BODY} bytes"))
 
 
+# --- process -----------------------------------------------------------------------------------------------------
+
+
 def record_status(folder: JobFolder, status: models.Status) -> None:
     """Write the job's status to the folder's `outcome`, where the supervisor reads it; a failure is logged."""
     # A number that is not finite is a string in the text only, and strict JSON has no other way to write it.
@@ -385,7 +366,7 @@ def record_status(folder: JobFolder, status: models.Status) -> None:
         _LOG.error("cannot write the outcome to %s: %s", folder.outcome, error.strerror)
 
 
-async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
+async def serve(spec: JobSpec, listener: socket.socket) -> models.OutcomeReport:
     """Serve until the job is final or a signal comes; returns how the job ended."""
     record = partial(record_status, spec.folder)
     controller = Controller(spec, record)
@@ -411,7 +392,8 @@ async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
         loop.add_signal_handler(number, on_signal, number)
     serving = loop.create_task(server.serve())
     await controller.reap_until_final()
-    outcome = controller.membership.outcome or Outcome("failed", "the controller ended without an outcome")
+    outcome = controller.membership.outcome
+    assert outcome is not None  # a final phase has one, and so has an interrupted job
     record(controller.status())
     _LOG.info("final: %s (%s)", outcome.kind, outcome.reason)
     with shutdown_step("stop answering", "requests under way", HTTP_CLOSE_BOUND):

@@ -56,47 +56,6 @@ class HttpServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket, counters: Counters) -> None:
         super().__init__(config)
-        self._listening = _Listening(self, listener, counters)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept."""
-        await super().startup(sockets=[])
-        self._listening.open(asyncio.get_running_loop())
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept no more, and end the connections."""
-        self._listening.close()
-        await super().shutdown(sockets=[])
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
-        yield
-
-
-class _Connection(H11Protocol):
-    """One connection to the controller."""
-
-    def __init__(self, listening: _Listening, server: uvicorn.Server) -> None:
-        state: dict[str, Any] = {**server.lifespan.state, PROVEN: self._proven}
-        super().__init__(server.config, server.server_state, state)
-        self._listening = listening
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._listening.made(self)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._listening.unproven.discard(self)
-        super().connection_lost(exc)
-
-    def _proven(self) -> None:
-        self._listening.unproven.discard(self)
-
-
-class _Listening:
-    def __init__(self, server: uvicorn.Server, listener: socket.socket, counters: Counters) -> None:
-        self._server = server
         self._listener = listener
         self._counters = counters
         self._pause = AcceptPause(_LOG)
@@ -104,40 +63,30 @@ class _Listening:
         self._warnings = _FewWarnings()
         self._opening: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self.unproven: Unproven[_Connection] = Unproven()
+        self._unproven: Unproven[_Connection] = Unproven()
 
-    def open(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept."""
+        await super().startup(sockets=[])
+        self._loop = asyncio.get_running_loop()
         logging.getLogger("uvicorn.error").addFilter(self._warnings)
         self._listener.setblocking(False)
         self._accept_when_readable()
 
-    def close(self) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more, and end the connections."""
         if self._listener.fileno() >= 0:
             self._loop.remove_reader(self._listener)
             self._listener.close()
         if self._timer is not None:
             self._timer.cancel()
         logging.getLogger("uvicorn.error").removeFilter(self._warnings)
+        await super().shutdown(sockets=[])
 
-    def made(self, connection: _Connection) -> None:
-        """A connection is there."""
-        displaced = self.unproven.add(connection)
-        if displaced is not None:
-            self._end(displaced, "newer ones displaced it")
-        if self._timer is None:
-            self._timer = self._loop.call_later(self.unproven.remaining, self._end_late)
-
-    def _end_late(self) -> None:
-        for connection in self.unproven.overdue():
-            self._end(connection, "no request with the job's token has come in time")
-        awaited = bool(self.unproven)
-        self._timer = self._loop.call_later(self.unproven.remaining, self._end_late) if awaited else None
-
-    def _end(self, connection: _Connection, why: str) -> None:
-        self._counters.add(UNPROVEN_CLOSED)
-        self._lines.warn(_LOG, "closed a connection to the controller: %s", why)
-        connection.transport.abort()
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
 
     # --- accepting --------------------------------------------------------------------------------------------
 
@@ -157,17 +106,58 @@ class _Listening:
                 return
             if connected is None:
                 return
-            task = self._loop.create_task(self._serve(connected))
+            task = self._loop.create_task(self._serve_connection(connected))
             self._opening.add(task)
             task.add_done_callback(self._opening.discard)
 
-    async def _serve(self, connected: socket.socket) -> None:
-        """Give a connection its protocol."""
+    async def _serve_connection(self, connected: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(lambda: _Connection(self, self._server), connected)
+            await self._loop.connect_accepted_socket(lambda: _Connection(self), connected)
         except OSError as error:  # it has ended meanwhile
             connected.close()
             self._lines.warn(_LOG, "a connection to the controller ended at once: %s", error)
+
+    # --- connections that have not shown the token --------------------------------------------------------------
+
+    def made(self, connection: _Connection) -> None:
+        """A connection is there."""
+        displaced = self._unproven.add(connection)
+        if displaced is not None:
+            self._end(displaced, "newer ones displaced it")
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._unproven.remaining, self._end_late)
+
+    def proven(self, connection: _Connection) -> None:
+        """A connection has shown the token, or has ended."""
+        self._unproven.discard(connection)
+
+    def _end_late(self) -> None:
+        for connection in self._unproven.overdue():
+            self._end(connection, "no request with the job's token has come in time")
+        awaited = bool(self._unproven)
+        self._timer = self._loop.call_later(self._unproven.remaining, self._end_late) if awaited else None
+
+    def _end(self, connection: _Connection, why: str) -> None:
+        self._counters.add(UNPROVEN_CLOSED)
+        self._lines.warn(_LOG, "closed a connection to the controller: %s", why)
+        connection.transport.abort()
+
+
+class _Connection(H11Protocol):
+    """One connection to the controller."""
+
+    def __init__(self, server: HttpServer) -> None:
+        state: dict[str, Any] = {**server.lifespan.state, PROVEN: lambda: server.proven(self)}
+        super().__init__(server.config, server.server_state, state)
+        self._server = server
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._server.made(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.proven(self)
+        super().connection_lost(exc)
 
 
 class _FewWarnings(logging.Filter):
@@ -241,11 +231,9 @@ def advertise(folder: JobFolder, listener: socket.socket, token: str) -> None:
 
 # --- token -------------------------------------------------------------------------------------------------------
 
-MIN_TOKEN_BYTES = 16
-MAX_TOKEN_BYTES = 512
 _TOKEN_KEY = "controller.token_file"
 # What an Authorization header carries as it is.
-_TOKEN = re.compile(rb"[!-~]+")
+_TOKEN = re.compile(rb"[!-~]{16,512}")
 
 
 def token_from_file(path: Path) -> str:
@@ -255,16 +243,16 @@ def token_from_file(path: Path) -> str:
         ConfigError: the file is not for its owner only, has no token of this kind, or cannot be made.
     """
     path = path.absolute()
-    try:
-        content = read_private_file(path, _TOKEN_KEY)
-    except FileNotFoundError:
-        with (
-            _fresh_file(path) as partial,
-            contextlib.suppress(FileExistsError),
-        ):  # the token of another process is used
+    with contextlib.suppress(FileNotFoundError):
+        return _token_in(path)
+    with _fresh_file(path) as partial:
+        with contextlib.suppress(FileExistsError):  # the token of another process is used
             os.link(partial, path)
-        content = _read_created(path)
-    return _token_in(content, path)
+    try:
+        return _token_in(path)
+    except FileNotFoundError as error:
+        allowed = "a file that stays where it is; it was removed again"
+        raise ConfigError(_TOKEN_KEY, str(path), allowed) from error
 
 
 def check_token_file(path: Path) -> None:
@@ -275,17 +263,16 @@ def check_token_file(path: Path) -> None:
     """
     path = path.absolute()
     try:
-        content = read_private_file(path, _TOKEN_KEY)
+        _token_in(path)
     except FileNotFoundError:
         with _fresh_file(path):
             return
-    _token_in(content, path)
 
 
-def _token_in(content: bytes, path: Path) -> str:
-    token = content.strip()
-    if not MIN_TOKEN_BYTES <= len(token) <= MAX_TOKEN_BYTES or not _TOKEN.fullmatch(token):
-        allowed = f"a file with one token of {MIN_TOKEN_BYTES} to {MAX_TOKEN_BYTES} printable ASCII characters"
+def _token_in(path: Path) -> str:
+    token = read_private_file(path, _TOKEN_KEY).strip()
+    if not _TOKEN.fullmatch(token):
+        allowed = "a file with one token of 16 to 512 printable ASCII characters"
         raise ConfigError(_TOKEN_KEY, str(path), allowed)
     return token.decode()
 
@@ -305,10 +292,3 @@ def _fresh_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         allowed = f"a file that exists, or one that can be made ({error.strerror})"
         raise ConfigError(_TOKEN_KEY, str(path), allowed) from error
-
-
-def _read_created(path: Path) -> bytes:
-    try:
-        return read_private_file(path, _TOKEN_KEY)
-    except FileNotFoundError as error:
-        raise ConfigError(_TOKEN_KEY, str(path), "a file that stays where it is; it was removed again") from error

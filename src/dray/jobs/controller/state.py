@@ -1,7 +1,6 @@
 """Who takes part in a job, and what that means for its phase: a state machine without I/O.
 
-Every method is an event; it changes the state, and leaves lines in `notices`, which the controller
-logs. Time comes from the clock that is handed in.
+Every method is an event; it changes the state, and leaves lines in `notices`, which the controller logs.
 
 The phases of a job and every transition between them:
 
@@ -19,21 +18,30 @@ The phases of a job and every transition between them:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 
 from dray.clock import MONOTONIC, Clock
 from dray.jobs.config import MAX_ROLLOUT_REPLICAS
 from dray.jobs.controller.work_queue import WorkQueue
 from dray.jobs.exit_codes import COMES_AGAIN, NOT_RESTARTED, USER_CODES, ExitCode
-from dray.jobs.messages.models import FailedAttempt, MembershipError, MemberState, OutcomeKind, Phase, Role
+from dray.jobs.messages.models import (
+    FailedAttempt,
+    MembershipError,
+    MemberState,
+    OutcomeKind,
+    OutcomeReport,
+    Phase,
+    ProgressReport,
+    Role,
+)
 
-# --- lifecycle ---------------------------------------------------------------------------------------------------
+# --- phases ------------------------------------------------------------------------------------------------------
 
 
 class JobEvent(StrEnum):
-    """What moves a job from one phase to another."""
+    """What moves a job from one phase to another; in a phase that has no transition for it, it is a KeyError."""
 
     QUORUM = "quorum"  # a replica of every kind that the job needs has registered
     STOP = "stop"  # finished, interrupted, or unable to continue
@@ -51,30 +59,6 @@ TRANSITIONS: dict[tuple[Phase, JobEvent], Phase] = {
     (Phase.DRAINING, JobEvent.LAST_LEFT_FAILED): Phase.FAILED,
 }
 
-
-class IllegalTransition(RuntimeError):
-    """An event came in a phase that has no transition for it; the phase is unchanged."""
-
-
-class Lifecycle:
-    """The phase of one job."""
-
-    def __init__(self) -> None:
-        self.phase = Phase.STARTING
-
-    def apply(self, event: JobEvent) -> Phase:
-        """Move on by `event` and return the new phase; an illegal event raises and changes nothing."""
-        following = TRANSITIONS.get((self.phase, event))
-        if following is None:
-            raise IllegalTransition(f"{event.value!r} in phase {self.phase.value!r}")
-        self.phase = following
-        return following
-
-    def __repr__(self) -> str:
-        return f"<Lifecycle {self.phase.value}>"
-
-
-# --- state -------------------------------------------------------------------------------------------------------
 
 FINISHED_OUTCOMES: frozenset[OutcomeKind] = frozenset(("solved", "finished", "max_steps"))
 """The work is at its end: these stand, whatever happens afterwards."""
@@ -106,38 +90,17 @@ def final_phase(kind: OutcomeKind) -> Phase:
     return TRANSITIONS[Phase.DRAINING, LAST_LEFT[kind]]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a job came to its end; `reason` is one sentence, `cause` the exit code of the replica that it failed
-    for."""
+# --- members -----------------------------------------------------------------------------------------------------
 
-    kind: OutcomeKind
-    reason: str
-    cause: int | None = None
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a replica reports; see `messages.ProgressReport`."""
-
-    doing: str = "starting"
-    seconds: float = 0.0
-    counters: Mapping[str, float] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
-    waits_for: str = ""
-    ages: Mapping[str, float] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    warnings: Sequence[str] = ()
-    trimmed: int = 0
+_NO_REPORT = ProgressReport(doing="starting", seconds=0.0)
 
 
 @dataclass(slots=True)
 class Member:
     """One process of a replica. A restarted replica has the same name and another incarnation.
 
-    `last_request` is when its last request came, `last_seen` when its supervisor last knew that its process ran.
-    Once it takes part no more, `reason` is the cause, `exit_code` that of its process if it is known, and `ended`
-    the time.
+    `last_seen` is when its supervisor last knew that its process ran. Once it takes part no more, `reason` is the
+    cause, `exit_code` that of its process if it is known, and `ended` the time.
     """
 
     name: str
@@ -150,7 +113,7 @@ class Member:
     reason: str = ""
     exit_code: int | None = None
     ended: float = 0.0
-    progress: Progress = field(default_factory=Progress)
+    progress: ProgressReport = _NO_REPORT
 
 
 class Membership:
@@ -159,8 +122,7 @@ class Membership:
     Args:
         expected: how many replicas of each role the job starts.
         dead_after: seconds after which a member counts as dead that is silent and not seen to run.
-        start_timeout: seconds within which every expected replica must have registered, and those of a policy
-            group that is restarted.
+        start_timeout: seconds within which the replicas must have registered, restarted ones as well.
         restartable: whether the supervisor starts the policy group again when one of it has died; then the job
             continues until `died` reports its end, or one has left with what comes again.
         rollout_restarts: how often the supervisor starts each rollout replica of the job again.
@@ -191,15 +153,11 @@ class Membership:
         self._rollout_restarts = {f"{Role.ROLLOUT.value}-{index}": rollout_restarts for index in rollouts}
         self._returning: dict[str, float] = {}
         self._max_failures = max_failures
-        self._lifecycle = Lifecycle()
+        self.phase = Phase.STARTING
         self.work_items = work_items
         self.members: dict[str, Member] = {}
-        self.outcome: Outcome | None = None
+        self.outcome: OutcomeReport | None = None
         self.notices: list[str] = []
-
-    @property
-    def phase(self) -> Phase:
-        return self._lifecycle.phase
 
     def active(self, role: Role | None = None) -> list[Member]:
         """The members that take part, of `role` or of all."""
@@ -227,8 +185,7 @@ class Membership:
         self._check_name(name, role)
         known = self.members.get(name)
         if known is not None and known.incarnation == incarnation:
-            if known.state is not MemberState.ACTIVE:
-                raise MembershipError(f"{name} is {known.state.value}: {known.reason}")
+            self._require(name, incarnation)
             return
         if not self.phase.gives_work:
             assert self.outcome is not None
@@ -245,7 +202,7 @@ class Membership:
         if self.phase is Phase.STARTING and all(self.active(each) for each in self._expected):
             self._move(JobEvent.QUORUM)
 
-    def note_request(self, name: str, incarnation: str, progress: Progress | None = None) -> None:
+    def note_request(self, name: str, incarnation: str, progress: ProgressReport | None = None) -> None:
         """A member has sent a request.
 
         Raises:
@@ -321,13 +278,13 @@ class Membership:
             count = self.work_items.given_up_in_a_row
             if count >= self._max_failures:
                 what = f"{count} work items in a row were given up" if count > 1 else "a work item was given up"
-                self.stop(Outcome("failed", f"{what}: {name}: {each.error}", ExitCode.USER_CODE))
+                self.stop("failed", f"{what}: {name}: {each.error}", ExitCode.USER_CODE)
 
-    def stop(self, outcome: Outcome) -> None:
+    def stop(self, kind: OutcomeKind, reason: str, cause: int | None = None) -> None:
         """Give out no more work and let the members leave. The first outcome stands."""
         if self.phase.gives_work:
-            self.outcome = outcome
-            self.notices.append(f"job stops: {outcome.reason}")
+            self.outcome = OutcomeReport(kind=kind, reason=reason, cause=cause)
+            self.notices.append(f"job stops: {reason}")
             self._move(JobEvent.STOP)
         self._consequences()
 
@@ -345,7 +302,7 @@ class Membership:
         if self._start_bound is not None and now >= self._start_bound:
             self._start_bound = None
             if self.phase is Phase.STARTING:
-                self.stop(Outcome("failed", f"not every replica registered within {self._start_timeout:g} s"))
+                self.stop("failed", f"not every replica registered within {self._start_timeout:g} s")
             for role in self._expected:
                 self._expected[role] = min(self._expected[role], self._registered(role))
         self._consequences()
@@ -370,25 +327,17 @@ class Membership:
         return sum(member.role is role for member in self.members.values())
 
     def _end(
-        self,
-        member: Member,
-        state: MemberState,
-        reason: str,
-        exit_code: int | None = None,
-        *,
-        final: bool = False,
+        self, member: Member, state: MemberState, reason: str, exit_code: int | None = None, *, final: bool = False
     ) -> None:
-        member.state = state
-        member.reason = reason
-        member.exit_code = exit_code
-        member.ended = self._clock.now()
+        now = self._clock.now()
+        member.state, member.reason, member.exit_code, member.ended = state, reason, exit_code, now
         self.notices.append(f"{member.name} {state.value}: {reason}")
         if member.role is Role.POLICY and self._restartable and self.phase.gives_work:
-            self._restart_bound = self._clock.now() + self._start_timeout
+            self._restart_bound = now + self._start_timeout
         left = self._rollout_restarts.get(member.name, 0)
         if left and not final and self.phase.gives_work and exit_code not in NOT_RESTARTED:
             self._rollout_restarts[member.name] = left - 1
-            self._returning[member.name] = self._clock.now() + self._start_timeout
+            self._returning[member.name] = now + self._start_timeout
         again = self.work_items.release(member.name)
         if again and self.phase.gives_work:
             self.notices.append(f"{len(again)} work items of {member.name} are given out again")
@@ -417,13 +366,13 @@ class Membership:
         gone = [each for each in members if each.state is not MemberState.ACTIVE]
         cause = min(gone, key=lambda each: (_cause_rank(each.exit_code), each.ended), default=None)
         if cause is None:
-            self.stop(Outcome("failed", what))
+            self.stop("failed", what)
         else:
-            self.stop(Outcome("failed", f"{what}: {cause.name}: {cause.reason}", cause.exit_code))
+            self.stop("failed", f"{what}: {cause.name}: {cause.reason}", cause.exit_code)
 
     def _move(self, event: JobEvent) -> None:
-        before = self.phase
-        self.notices.append(f"phase {before.value} -> {self._lifecycle.apply(event).value} ({event.value})")
+        before, self.phase = self.phase, TRANSITIONS[self.phase, event]
+        self.notices.append(f"phase {before.value} -> {self.phase.value} ({event.value})")
 
 
 _CONSEQUENCES = frozenset((ExitCode.OK, ExitCode.NOT_A_MEMBER, ExitCode.OLD_EPOCH, ExitCode.GROUP_LOST))

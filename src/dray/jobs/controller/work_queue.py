@@ -15,24 +15,19 @@ import hashlib
 from collections import deque
 from collections.abc import Collection, Iterable
 
-from dray.jobs.messages.models import PartlyFinished, PayloadPart
+from dray.jobs.messages.models import PartlyFinished, PayloadPart, UnfinishedWork
 
 
 class WorkQueue:
     """Hands out work item indices, at most `in_flight` of which are unfinished at a time.
 
     A work item is finished when all its trajectories were trained on, or are known to be lost or discarded, and
-    when it was given up. The bound keeps rollouts from running ahead of training: it limits both staleness and
-    what waits in memory.
-
-    Args:
-        max_attempts: failed attempts after which a work item is given up.
+    when it was given up, after `max_attempts` failed attempts. The bound keeps rollouts from running ahead of
+    training: it limits both staleness and what waits in memory.
 
     Attributes:
         given_again: work items of lost replicas that were released.
-        failed_attempts: attempts that failed.
-        given_up: work items that were given up.
-        given_up_in_a_row: those among them since the last one that was published.
+        given_up_in_a_row: work items that were given up since the last one that was published.
     """
 
     def __init__(self, in_flight: int, first: int = 0, *, max_attempts: int = 3) -> None:
@@ -64,7 +59,7 @@ class WorkQueue:
             index = next((each for each in self._again if self._may_try(holder, each, others)), None)
             if index is not None:
                 self._again.remove(index)
-            elif self.outstanding < self._in_flight:
+            elif len(self._unfinished()) < self._in_flight:
                 index = self._next
                 self._next += 1
             else:
@@ -114,17 +109,12 @@ class WorkQueue:
             self._forget(index)
 
     def finished_parts(self, payloads: Iterable[PayloadPart]) -> None:
-        """These trajectories are trained on, lost or discarded; a work item is finished with the last of its
-        own."""
+        """As `finished`, for single trajectories; a work item is finished with the last of its own."""
         for payload in payloads:
             index = payload[0]
             known = index in self._published or index in self._holders or index in self._again
             if known and self._parts.finish(payload):
                 self.finished([index])
-
-    def partly_finished(self) -> list[PayloadPart]:
-        """The finished payloads of work items that are not finished."""
-        return self._parts.finished()
 
     def release(self, holder: str) -> list[int]:
         """Give again what `holder` still held; returns it."""
@@ -144,18 +134,17 @@ class WorkQueue:
         self._failed_by.pop(index, None)
         self._parts.forget(index)
 
-    def in_flight(self) -> list[int]:
-        """Work items whose trajectories were published and are not finished."""
-        return sorted(self._published)
+    def _unfinished(self) -> list[int]:
+        return [*self._holders, *self._published, *self._again]
 
-    def unfinished(self) -> tuple[list[int], int]:
-        """The unfinished work items, and the index of the next one."""
-        return sorted({*self._holders, *self._published, *self._again}), self._next
-
-    @property
-    def outstanding(self) -> int:
-        """Work items given out, or to be given again, and not finished."""
-        return len(self._holders) + len(self._published) + len(self._again)
+    def under_way(self) -> UnfinishedWork:
+        """The work items that are not finished, and the index of the next one."""
+        return UnfinishedWork(
+            unfinished=sorted(self._unfinished()),
+            published=sorted(self._published),
+            next=self._next,
+            finished_parts=self._parts.finished(),
+        )
 
     def statistics(self) -> dict[str, int]:
         """Counts for the status page."""

@@ -13,10 +13,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console, Group, RenderableType
@@ -26,9 +24,10 @@ from rich.text import Text
 
 from dray.clock import MONOTONIC
 from dray.jobs.controller.state import FIRST_POLICY
-from dray.jobs.messages.models import MemberStatus, ProgressReport, Status
+from dray.jobs.messages.models import MemberState, ProgressReport, Status
 from dray.jobs.replica.metrics import MEAN_RETURN
 from dray.jobs.standard_streams import discard
+from dray.resources import Closing
 from dray.text import MAX_LINE, printable
 
 PLAIN_INTERVAL = 5.0
@@ -40,94 +39,66 @@ MAX_METRICS_SHOWN = 8
 _LOG = logging.getLogger("dray.jobs.launch.display")
 _MAX_NAME = 40
 _MAX_CELL = 200
-_NO_REPORT = ProgressReport(doing="", seconds=0.0)
 _STYLES = {"mean return": "bold green"}
+_STATE_STYLES = {MemberState.ACTIVE: "", MemberState.LEFT: "yellow", MemberState.DEAD: "red"}
 _WORD = re.compile(r"[\w./@:-]+")
 
 
-@dataclass(frozen=True, slots=True)
 class Figures:
-    """The numbers of one moment, read off a job's status.
+    """The numbers of a job's newest status.
 
     Attributes:
-        mean_return: None where payloads have no rewards.
-        transfer: how payloads come, see `TrajectoryReader.transfer`.
-        lane: that they are read over; empty if over none.
-        metrics: what the user's trainer returned.
+        status: the newest one.
+        policy: what the first policy replica has reported in it.
+        rate: MB/s of payloads, smoothed over a few seconds.
     """
 
-    phase: str
-    seconds: float
-    step: int
-    max_steps: int
-    mean_return: float | None
-    payloads: int
-    nbytes: int
-    rate: float
-    transfer: str
-    lane: str
-    staleness: float
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    status: Status
+    policy: ProgressReport
+
+    def __init__(self, max_steps: int) -> None:
+        self.rate = 0.0
+        self._max_steps = max_steps
+        self._last: tuple[float, int] | None = None
+
+    def read(self, status: Status) -> Self:
+        """These figures, of `status` from now on."""
+        self.status, self.policy = status, status.progress(FIRST_POLICY)
+        if "bytes" in self.policy.counters:
+            self._follow(status.seconds, self.policy.count("bytes"))
+        else:
+            self._last = None  # a policy that is restarted begins with the bytes of its checkpoint
+        return self
 
     def line(self) -> str:
         """Everything in one line."""
         own = "  ".join(f"{name} {value}" for name, value in self.cells().items() if name not in ("phase", "time"))
         metrics = self.shown_metrics()
-        return f"{self.seconds:6.1f} s  {self.phase}  {own}{metrics and f'  metrics {metrics}'}"
+        return f"{self.status.seconds:6.1f} s  {self.status.phase}  {own}{metrics and f'  metrics {metrics}'}"
 
     def cells(self) -> dict[str, str]:
         """dray's own figures by their names; without those that this job does not have."""
+        policy, mean_return = self.policy, self.policy.counters.get(MEAN_RETURN)
         shown = {
-            "phase": self.phase,
-            "time": f"{self.seconds:.0f} s",
-            "step": f"{self.step}/{self.max_steps}",
-            "mean return": "" if self.mean_return is None else f"{self.mean_return:.1f}",
-            "payloads": str(self.payloads),
+            "phase": self.status.phase.value,
+            "time": f"{self.status.seconds:.0f} s",
+            "step": f"{policy.count('step')}/{self._max_steps}",
+            "mean return": "" if mean_return is None else f"{mean_return:.1f}",
+            "payloads": str(policy.count("payloads")),
             "throughput": f"{self.rate:.2f} MB/s",
-            "transfer": printable(self.transfer, _MAX_NAME),
-            "lane": printable(self.lane, _MAX_NAME),
-            "staleness": f"{self.staleness:.2f}",
+            "transfer": printable(policy.labels.get("transfer", ""), _MAX_NAME),
+            "lane": printable(policy.labels.get("lane", ""), _MAX_NAME),
+            "staleness": f"{policy.counters.get('staleness', 0.0):.2f}",
         }
         return {name: value for name, value in shown.items() if value}
 
     def shown_metrics(self) -> str:
         """The user's metrics as ``name=value``, sorted; names that are no words are quoted."""
-        names = sorted(self.metrics)
-        parts = [f"{_quoted(name)}={self.metrics[name]:.4g}" for name in names[:MAX_METRICS_SHOWN]]
+        metrics = self.policy.metrics
+        names = sorted(metrics)
+        parts = [f"{_quoted(name)}={metrics[name]:.4g}" for name in names[:MAX_METRICS_SHOWN]]
         more = len(names) - MAX_METRICS_SHOWN
         return " ".join([*parts, f"and {more} more"] if more > 0 else parts)
-
-
-class FigureReader:
-    """Makes `Figures` of statuses that follow each other; the rate is smoothed over a few seconds."""
-
-    def __init__(self, max_steps: int) -> None:
-        self._max_steps = max_steps
-        self._last: tuple[float, int] | None = None
-        self._rate = 0.0
-
-    def read(self, status: Status) -> Figures:
-        """The figures of `status`, newer than those read before."""
-        policy = next((each.progress for each in status.members if each.name == FIRST_POLICY), _NO_REPORT)
-        nbytes = policy.count("bytes")
-        if "bytes" in policy.counters:
-            self._follow(status.seconds, nbytes)
-        else:
-            self._last = None  # a policy that is restarted begins with the bytes of its checkpoint
-        return Figures(
-            phase=status.phase.value,
-            seconds=status.seconds,
-            step=policy.count("step"),
-            max_steps=self._max_steps,
-            mean_return=policy.counters.get(MEAN_RETURN),
-            payloads=policy.count("payloads"),
-            nbytes=nbytes,
-            rate=self._rate,
-            transfer=policy.labels.get("transfer", ""),
-            lane=policy.labels.get("lane", ""),
-            staleness=policy.counters.get("staleness", 0.0),
-            metrics=policy.metrics,
-        )
 
     def _follow(self, seconds: float, nbytes: int) -> None:
         if self._last is not None:
@@ -135,11 +106,11 @@ class FigureReader:
             if elapsed < 0.1:
                 return
             weight = 1 - math.exp(-elapsed / 3.0)
-            self._rate += weight * ((nbytes - self._last[1]) / elapsed / 1e6 - self._rate)
+            self.rate += weight * ((nbytes - self._last[1]) / elapsed / 1e6 - self.rate)
         self._last = (seconds, nbytes)
 
 
-class Display:
+class Display(Closing):
     """Shows a job's progress until closed.
 
     Args:
@@ -155,7 +126,7 @@ class Display:
         if isinstance(self._console.file, io.TextIOWrapper):
             # A character that the terminal's encoding does not have is shown as an escape.
             self._console.file.reconfigure(errors="backslashreplace")
-        self._reader = FigureReader(max_steps)
+        self._figures = Figures(max_steps)
         self._live: Live | None = None
         self._next_line = 0.0
         self._failed = False
@@ -165,13 +136,8 @@ class Display:
         self._show(self._start)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.freeze()
-
-    def freeze(self) -> None:
-        """Leave the picture as it is; later lines come below it."""
+    def close(self) -> None:
+        """Leave the picture as it is; later lines come below it. Twice is fine."""
         self._show(self._stop)
 
     def show_line(self, text: str) -> None:
@@ -215,20 +181,19 @@ class Display:
         self._console.file.flush()
 
     def _update(self, status: Status) -> None:
-        figures = self._reader.read(status)
+        figures = self._figures.read(status)
         for member in status.members:
             for warning in member.progress.warnings:
                 if (member.name, warning) not in self._warned:
                     self._warned.add((member.name, warning))
                     self._print(f"{member.name}: {warning}")
         if self._live is not None:
-            stall = "" if status.stall is None else f"stall: {status.stall.line}"
-            self._live.update(self._picture(figures, status.members, stall), refresh=True)
-        elif MONOTONIC.now() >= self._next_line and figures.step > 0:
+            self._live.update(self._picture(figures), refresh=True)
+        elif MONOTONIC.now() >= self._next_line and figures.policy.count("step") > 0:
             self._next_line = MONOTONIC.now() + PLAIN_INTERVAL
             self._print(figures.line())
 
-    def _picture(self, figures: Figures, members: list[MemberStatus], stall: str) -> RenderableType:
+    def _picture(self, figures: Figures) -> RenderableType:
         head = Table.grid(padding=(0, 3))
         cells = figures.cells()
         for name in cells:
@@ -238,20 +203,19 @@ class Display:
         replicas = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
         for name in ("replica", "state", "doing", "for", "payloads"):
             replicas.add_column(name)
-        for member in sorted(members, key=lambda member: (member.role, member.name)):
-            style = "" if member.state.value == "active" else "yellow" if member.state.value == "left" else "red"
-            doing = member.progress.doing if member.state.value == "active" else member.reason
+        for member in sorted(figures.status.members, key=lambda member: (member.role, member.name)):
+            active = member.state is MemberState.ACTIVE
             replicas.add_row(
                 _cell(member.name),
-                _cell(member.state.value, style),
-                _cell(doing),
+                _cell(member.state.value, _STATE_STYLES[member.state]),
+                _cell(member.progress.doing if active else member.reason),
                 f"{member.progress.seconds + member.silence:.1f} s",
                 str(member.progress.count("payloads")),
             )
-        metrics = figures.shown_metrics()
         parts: list[RenderableType] = [Text(self._title, style="bold"), head]
-        if metrics:
+        if metrics := figures.shown_metrics():
             parts.append(_cell(f"metrics of train_step: {metrics}", limit=MAX_LINE))
+        stall = "" if figures.status.stall is None else f"stall: {figures.status.stall.line}"
         return Group(*parts, Text(printable(stall, MAX_LINE), style="yellow"), replicas)
 
 

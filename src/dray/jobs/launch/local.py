@@ -1,10 +1,9 @@
-"""A job on this machine: `dray run`."""
+"""A job on this machine: `dray run` and `dray check`."""
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import JobFolder, RunOptions, short_path
 from dray.jobs.job_file import JobDraft
 from dray.jobs.launch.display import Display
-from dray.jobs.launch.job_processes import on_this_machine
-from dray.jobs.launch.output import from_the_beginning_line, is_begun, resume_line
-from dray.jobs.launch.preparation import check_job, preparation, raise_mistakes, redis_mistakes
+from dray.jobs.launch.output import is_begun, resume_line
+from dray.jobs.launch.preparation import preparation, raise_mistakes
+from dray.jobs.launch.processes import JobPlacement
 from dray.jobs.launch.shutdown import stopped_early
 from dray.jobs.launch.supervisor import supervise
 from dray.jobs.process import SignalInbox, adopt_orphans, dump_stacks_on_signal
@@ -34,25 +33,31 @@ def run_job(draft: JobDraft, options: RunOptions, *, resume: bool = False, lines
     Raises:
         ConfigError: before anything was started; every mistake is named.
     """
-    begin_checks()
     if draft.mistakes:
-        signals = check_job(draft, options.job_file, show_line, resume=resume)
-        return stop_checks(draft, signals)
+        return check_job(draft, options.job_file, resume=resume)
+    dump_stacks_on_signal()
+    adopt_orphans()
     raise_descriptor_limit()
     config = draft.config
     with SignalInbox() as inbox, Display(f"dray: job {config.job.name}", config.job.max_steps) as display:
         checks = preparation(draft, options.job_file, inbox, show_line=display.show_line, resume=resume)
         with checks as found:
-            if found.signals:
-                return stop_checks(draft, found.signals, found.folder, show_line=display.show_line)
-            if found.mistakes:
-                raise_mistakes([*found.mistakes, *redis_mistakes(draft, display.show_line)])
             folder, state = found.folder, found.state
+            if found.signals:
+                return stopped_early(folder, found.signals, display.show_line)
+            if found.mistakes:
+                raise_mistakes(draft, found.mistakes, display.show_line)
             assert folder is not None
-            placement = on_this_machine(config, folder, options)
-            if state is None or not state.outcome:
-                first = [from_the_beginning_line(folder)] if resume else []
-                for line in (*(first if state is None else [resume_line(folder, state)]), *draft.notes, *lines):
+            rollouts = range(config.rollout.replicas)
+            placement = JobPlacement(
+                folder, config.controller.host, config.policy.replicas, rollouts, options=options
+            )
+            if not found.finished:
+                if state is not None:
+                    display.show_line(resume_line(folder, state))
+                elif resume:
+                    display.show_line(f"no checkpoint in {short_path(folder.root)}: starting from the beginning")
+                for line in (*draft.notes, *lines):
                     display.show_line(line)
             code = supervise(config, options.job_file, placement, state, inbox, display)
             if code != ExitCode.OK:
@@ -60,30 +65,29 @@ def run_job(draft: JobDraft, options: RunOptions, *, resume: bool = False, lines
             return code
 
 
-def begin_checks() -> None:
-    """To be called first in the process of a command that checks a job."""
+def check_job(draft: JobDraft, job_file: Path, *, resume: bool = False) -> int:
+    """Check a job and start nothing of it; returns 0, or the exit code after a signal. Main thread only.
+
+    Args:
+        resume: whether an earlier run would be resumed.
+
+    Raises:
+        ConfigError: every mistake is named.
+    """
     dump_stacks_on_signal()
     adopt_orphans()
+    with SignalInbox() as inbox, preparation(draft, job_file, inbox, show_line=_print, resume=resume) as found:
+        pass
+    if found.signals:
+        return stopped_early(None, found.signals, _print)
+    raise_mistakes(draft, found.mistakes, _print)
+    return ExitCode.OK
 
 
-def show_line(line: str) -> None:
+def _print(line: str) -> None:
     """Show a line beside the results of a command."""
     with suppress(OSError):  # stderr cannot be written
         print(printable(line, MAX_LINE), file=sys.stderr, flush=True)
-
-
-def stop_checks(
-    draft: JobDraft,
-    signals: Sequence[signal.Signals],
-    folder: JobFolder | None = None,
-    *,
-    show_line: Callable[[str], None] = show_line,
-) -> int:
-    """Show that signals have ended the checks of a job; returns the exit code."""
-    name = draft.config.job.name if draft.knows("job.name") else ""
-    ending = stopped_early(folder, name, signals)
-    show_line(ending.reason)
-    return ending.exit_code
 
 
 def how_to_resume(folder: JobFolder, job_file: Path, max_steps: int) -> str:

@@ -16,15 +16,15 @@ from dray.errors import ConfigError
 from dray.jobs.config import JobConfig, LogLevel
 from dray.jobs.files import FOLDER_MODE, make_own_folders, open_own_folder, open_to_append
 from dray.jobs.folder import OPTIONS_NAME, JobFolder, short_path
-from dray.jobs.process import LEVELS, printable_handler
+from dray.jobs.process import printable_handler
 from dray.jobs.replica.checkpoint import CheckpointState, check_checkpoint, find_checkpoint, sweep_partial
 from dray.system_calls import needed
 from dray.text import path_of
 
 KEY = "job.output"
+RESUME_NEEDS = "must be the output folder of an earlier run"
 _LOG = logging.getLogger("dray.jobs.launch.output")
 _NO_LOCKS = frozenset((errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
-RESUME_NEEDS = "must be the output folder of an earlier run"
 MAX_FOLDER_ATTEMPTS = 1000
 """Folders that are tried one after another because other runs that start at the same time have them."""
 
@@ -35,7 +35,7 @@ def open_output(
 ) -> Iterator[tuple[JobFolder, CheckpointState | None]]:
     """The run's folder, locked, with an empty `run` folder that is gone afterwards; and the state to resume from.
 
-    A folder that was made here, and in which nothing was left, is removed again.
+    A folder that was made here is removed again if it is left empty.
 
     Args:
         resume: whether to resume from a checkpoint, or from the beginning if an earlier run of the folder ended
@@ -77,17 +77,12 @@ def _sweep(folder: JobFolder) -> None:
 
 
 def resume_line(folder: JobFolder, state: CheckpointState) -> str:
-    """From which checkpoint, and from which step, a run is resumed, in one line."""
+    """From which checkpoint and step a run is resumed."""
     return f"resuming from checkpoint {short_path(folder.checkpoint)}, step {state.step}"
 
 
-def from_the_beginning_line(folder: JobFolder) -> str:
-    """That a run is started from the beginning in the folder of one that had no checkpoint, in one line."""
-    return f"no checkpoint in {short_path(folder.root)}: starting from the beginning"
-
-
-def attempt_folder(folder: JobFolder) -> Path:
-    """Make the folder of logs of an attempt, and let the symbolic link `latest` lead to it; returns it.
+def attempt_folder(folder: JobFolder) -> None:
+    """Make the folder of logs of an attempt, and let the symbolic link `latest` lead to it.
 
     Raises:
         ConfigError: there is something in its place that another user may have put there.
@@ -98,7 +93,6 @@ def attempt_folder(folder: JobFolder) -> Path:
         newer.unlink(missing_ok=True)
         newer.symlink_to(folder.logs.parent.relative_to(folder.root))
         newer.replace(folder.latest)
-    return folder.logs
 
 
 def lock_folder(descriptor: int, root: Path, patience: float = 0.0) -> None:
@@ -140,7 +134,11 @@ def run_folder(config: JobConfig, *, resume: bool) -> Path:
     Raises:
         ConfigError: the configured folder is an earlier run's, or there is none to resume.
     """
-    return choose_folder(config, resume=resume, used=has_metrics, resumable=(_has_checkpoint, is_begun))
+
+    def has_checkpoint(root: Path) -> bool:
+        return find_checkpoint(JobFolder(root).checkpoint) is not None
+
+    return choose_folder(config, resume=resume, used=has_metrics, resumable=(has_checkpoint, is_begun))
 
 
 def choose_folder(
@@ -155,9 +153,9 @@ def choose_folder(
 
     Args:
         used: whether a folder is an earlier run's.
-        resumable: whether a run can resume in one of the numbered folders. The newest one that meets the first
+        resumable: whether a run can resume in one of the numbered folders: the newest one that meets the first
             condition is chosen, else the newest one that meets the next.
-        needs: what one must be or have for that, for the error.
+        needs: what a folder must be or have for that, for the error.
 
     Raises:
         ConfigError: the configured folder is an earlier run's, or there is none to resume in.
@@ -210,7 +208,7 @@ def make_run_folder(choose: Callable[[], Path], *, new: bool) -> tuple[Path, lis
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
-    """Remove those of `folders`, which are innermost first, that are empty."""
+    """Remove those of `folders` that are empty; the innermost come first."""
     for path in folders:
         with suppress(OSError):  # it is not, or another run has removed it
             path.rmdir()
@@ -218,24 +216,12 @@ def remove_empty(folders: Sequence[Path]) -> None:
 
 def is_begun(root: Path) -> bool:
     """Whether a run has started its processes in the folder."""
-    return _is_there(root / OPTIONS_NAME) or has_metrics(root)
+    return os.path.lexists(root / OPTIONS_NAME) or has_metrics(root)
 
 
 def has_metrics(root: Path) -> bool:
     """Whether a run has written to the folder."""
-    return _is_there(JobFolder(root).metrics)
-
-
-def _has_checkpoint(root: Path) -> bool:
-    return find_checkpoint(root / "checkpoint") is not None
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        path.lstat()
-    except OSError:
-        return False
-    return True
+    return os.path.lexists(JobFolder(root).metrics)
 
 
 @contextmanager
@@ -282,15 +268,14 @@ LOG_NAME = "supervisor.log"
 def supervisor_log(folder: Path, level: LogLevel = "info") -> Iterator[None]:
     """What `dray` logs from `level` on goes to `LOG_NAME` in `folder`; warnings go to the terminal, too."""
     logger = logging.getLogger("dray")
-    file = os.fdopen(
-        open_to_append(folder / LOG_NAME, "job.output"), "a", encoding="utf-8", errors="backslashreplace"
-    )
+    descriptor = open_to_append(folder / LOG_NAME, KEY)
+    file = os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace")
     writer = printable_handler("%(asctime)s supervisor ", file)
     level_before, shown = logger.level, [(each, each.level) for each in logging.getLogger().handlers]
     for each, _ in shown:
         each.setLevel(logging.WARNING)
     logger.addHandler(writer)
-    logger.setLevel(LEVELS[level])
+    logger.setLevel(level.upper())
     try:
         yield
     finally:

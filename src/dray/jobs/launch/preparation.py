@@ -13,7 +13,7 @@ import secrets
 import selectors
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +24,12 @@ from dray.errors import ConfigError, MissingDependencyError
 from dray.identifiers import PRODUCER_ID_BYTES
 from dray.jobs.config import JobConfig
 from dray.jobs.controller.listener import bind, check_token_file
-from dray.jobs.descendants import child_pids, kill_orphans
 from dray.jobs.exit_codes import meaning
 from dray.jobs.folder import JobFolder
 from dray.jobs.job_file import MAX_MISTAKES, JobDraft
 from dray.jobs.launch.output import open_output
 from dray.jobs.launch.processes import Child
-from dray.jobs.process import SignalInbox
+from dray.jobs.process import SignalInbox, child_pids, kill_orphans
 from dray.jobs.queue import JobKeys, RedisAddress
 from dray.jobs.queue.redis_server import answering_server, find_redis_binary
 from dray.jobs.replica.checkpoint import CheckpointState
@@ -63,20 +62,22 @@ def check_entry_points(
         ConfigError: they cannot be imported.
     """
     config, report = draft.config, folder / "entry_points.json"
-    worker = config.rollout.worker if draft.knows("rollout.worker") else ""
-    trainer = config.policy.trainer if draft.knows("policy.trainer") else ""
-    items = config.work.items if config.work is not None and draft.knows("work.items") else ""
-    concurrency = config.rollout.concurrency if draft.knows("rollout.concurrency") else 1
-    if not worker and not trainer and not items:
+    entry_points = {
+        "rollout.worker": config.rollout.worker if draft.knows("rollout.worker") else "",
+        "policy.trainer": config.policy.trainer if draft.knows("policy.trainer") else "",
+        "work.items": config.work.items if config.work is not None and draft.knows("work.items") else "",
+    }
+    named = {key: text for key, text in entry_points.items() if text}
+    if not named:
         return []
-    named = [each for each in (worker, trainer, items) if each]
     # They may name files: arguments of a process are bytes, as paths are.
-    worker_text, trainer_text, items_text = (os.fsdecode(bytes_of(each)) for each in (worker, trainer, items))
+    worker, trainer, items = (os.fsdecode(bytes_of(each)) for each in entry_points.values())
+    concurrency = config.rollout.concurrency if draft.knows("rollout.concurrency") else 1
     strangers = child_pids()
     child = Child(
         "check",
-        "dray.jobs.replica.user_check",
-        [str(job_file.parent), worker_text, trainer_text, str(concurrency), items_text, str(report)],
+        "dray.jobs.replica.entry_points",
+        [str(job_file.parent), worker, trainer, str(concurrency), items, str(report)],
         folder / "check.log",
     )
     deadline = Deadline.after(config.timeouts.start)
@@ -92,30 +93,25 @@ def check_entry_points(
                 if deadline.elapsed >= notice:
                     notice *= 2
                     show_line(
-                        f"importing {' and '.join(named)} "
+                        f"importing {' and '.join(named.values())} "
                         f"({deadline.elapsed:.0f} s so far, at most {config.timeouts.start:g} s)"
                     )
     finally:
         child.kill_group()
         child.collect(5.0)
-        kill_orphans(frozenset(strangers), 1.0)
+        kill_orphans(strangers, 1.0)
     if signals:
         return signals
     try:
         mistakes = json.loads(report.read_text(encoding="utf-8"))["mistakes"]
     except (OSError, ValueError) as error:
-        keys = [key for key, text in _user_keys(worker, trainer, items) if text]
         why = f"importing them took longer than timeouts.start = {config.timeouts.start:g} s"
         if not deadline.expired:
             why = f"importing them ended the process ({meaning(child.exit_code or 0)})"
-        raise ConfigError(", ".join(keys), ", ".join(named), why, "cannot be used") from error
+        raise ConfigError(", ".join(named), ", ".join(named.values()), why, "cannot be used") from error
     if mistakes:
         raise ConfigError.of([ConfigError(**each) for each in mistakes])
     return []
-
-
-def _user_keys(worker: str, trainer: str, items: str) -> tuple[tuple[str, str], ...]:
-    return (("rollout.worker", worker), ("policy.trainer", trainer), ("work.items", items))
 
 
 # --- preparation -------------------------------------------------------------------------------------------------
@@ -149,14 +145,15 @@ def preparation(
 ) -> Iterator[Preparation]:
     """Everything about a job that can be checked before it starts; the run's folder is held until the end.
 
-    A configured Redis server is not asked; `redis_mistakes` does that. To be used in the main thread.
+    A configured Redis server is not asked; `raise_mistakes` does that. To be used in the main thread.
 
     Args:
         show_line: shows a line to the user.
     """
     found = Preparation(list(draft.mistakes))
     with ExitStack() as opened:
-        if _knows_folder(draft, resume=resume):
+        named = draft.knows("job.output") and (draft.config.job.output is not None or draft.knows("job.name"))
+        if named and (not resume or draft.knows("policy.replicas")):
             try:
                 found.folder, found.state = opened.enter_context(open_output(draft.config, resume=resume))
             except ConfigError as error:
@@ -184,53 +181,21 @@ def _temporary_folder(opened: ExitStack) -> Path:
         raise ConfigError("TMPDIR", os.environ.get("TMPDIR"), allowed, "cannot be used") from error
 
 
-def _knows_folder(draft: JobDraft, *, resume: bool) -> bool:
-    if not draft.knows("job.output") or (resume and not draft.knows("policy.replicas")):
-        return False
-    return draft.config.job.output is not None or draft.knows("job.name")
+def raise_mistakes(draft: JobDraft, mistakes: Sequence[ConfigError], show_line: Callable[[str], None]) -> None:
+    """Raise one error about all of `mistakes`, and what is wrong with a configured Redis server, if anything is.
 
-
-def redis_mistakes(draft: JobDraft, show_line: Callable[[str], None]) -> tuple[ConfigError, ...]:
-    """What is wrong with a configured Redis server. Waits for it, at most `timeouts.redis` seconds.
+    Waits for the server, at most `timeouts.redis` seconds.
 
     Args:
         show_line: shows a line to the user.
     """
-    if draft.config.redis.url is None or not draft.knows("redis.url"):
-        return ()
-    try:
-        answering_server(draft.config, JobKeys(f"check-{secrets.token_hex(4)}"), show_line)
-    except ConfigError as error:
-        return error.mistakes
-    return ()
-
-
-def check_job(
-    draft: JobDraft, job_file: Path, show_line: Callable[[str], None], *, resume: bool = False
-) -> list[signal.Signals]:
-    """Check a job and start nothing of it. Main thread only.
-
-    Args:
-        show_line: shows a line to the user.
-        resume: whether an earlier run would be resumed.
-
-    Returns:
-        Signals that came meanwhile; with them not everything is known.
-
-    Raises:
-        ConfigError: every mistake is named.
-    """
-    with SignalInbox() as inbox, preparation(draft, job_file, inbox, show_line=show_line, resume=resume) as found:
-        pass
-    if not found.signals:
-        raise_mistakes([*found.mistakes, *redis_mistakes(draft, show_line)])
-    return found.signals
-
-
-def raise_mistakes(mistakes: list[ConfigError]) -> None:
-    """Raise one error about all of `mistakes`, each of which is named once, if there are any."""
-    if mistakes:
-        unique = {each.message: each for each in mistakes}
+    unique = {each.message: each for each in mistakes}
+    if draft.config.redis.url is not None and draft.knows("redis.url"):
+        try:
+            answering_server(draft.config, JobKeys(f"check-{secrets.token_hex(4)}"), show_line)
+        except ConfigError as error:
+            unique |= {each.message: each for each in error.mistakes}
+    if unique:
         raise ConfigError.of(list(unique.values())[:MAX_MISTAKES])
 
 

@@ -9,8 +9,7 @@ import selectors
 import signal
 from collections.abc import Callable, Sequence
 
-from dray.jobs.launch.job_processes import Host
-from dray.jobs.launch.processes import EndRequest, JobProcess
+from dray.jobs.launch.processes import EndRequest, Host, JobProcess
 from dray.jobs.launch.shutdown import KillStage, ShutdownEscalation
 from dray.jobs.process import DUMP_SIGNAL, SignalInbox
 
@@ -21,18 +20,26 @@ _LOG = logging.getLogger("dray.jobs.launch.process_supervisor")
 class ProcessSupervisor(abc.ABC):
     """Waits for the ends of processes, signals and connections at once, and ends processes with ever firmer means.
 
-    To be used in the main thread, which never polls: everything that may happen wakes up the selector.
+    In the main thread, which never polls: everything that may happen wakes up the selector.
 
     Args:
         inbox: signals that ask for the end. After the second one, what is left is killed.
         selector: its keys have a function to call as their data, or None if `Host.collect` finds the reason.
+        report: logs a line, and shows it where there is a user.
 
     Attributes:
         signals: those that have come.
         requests: the last one to each process.
     """
 
-    def __init__(self, inbox: SignalInbox, selector: selectors.BaseSelector, hosts: Sequence[Host]) -> None:
+    def __init__(
+        self,
+        inbox: SignalInbox,
+        selector: selectors.BaseSelector,
+        hosts: Sequence[Host],
+        report: Callable[[str], None],
+    ) -> None:
+        self._report = report
         self._inbox = inbox
         self._selector = selector
         self._hosts = hosts
@@ -83,10 +90,6 @@ class ProcessSupervisor(abc.ABC):
     @abc.abstractmethod
     def _why_it_ends(self, stage: KillStage) -> str:
         """Why a process gets SIGTERM or SIGKILL; completes "because"."""
-
-    @abc.abstractmethod
-    def _report(self, line: str) -> None:
-        """Log a line, and show it where there is a user."""
 
     # --- what they have in common --------------------------------------------------------------------------------
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from dray.jobs.config import JobConfig
 from dray.jobs.controller.state import FINISHED_OUTCOMES, FIRST_POLICY
-from dray.jobs.exit_codes import JOB_FAILURES
+from dray.jobs.exit_codes import USER_CODES, ExitCode
 from dray.jobs.files import write_json, write_whole
 from dray.jobs.folder import JobFolder, finite, short_path
-from dray.jobs.messages.models import ProgressReport, Role, Status
+from dray.jobs.messages.models import Phase, Role, Status
 from dray.jobs.replica.metrics import MEAN_RETURN, read_metrics
 from dray.text import printable, printable_value
 
@@ -32,7 +32,6 @@ _SECONDS = {
     "train_seconds": "train_seconds",
 }
 """Figure of the policy, and its name in the summary."""
-_NOTHING = ProgressReport(doing="", seconds=0.0)
 
 
 def write_report(
@@ -59,11 +58,16 @@ def write_report(
         age: seconds since the controller last answered, where it was gone before it could write the last status.
     """
     age = None if age is None else round(age, 2)
+    if status is None:
+        status = Status(
+            job=config.job.name, phase=Phase.FAILED, seconds=0.0, outcome=None, members=[], work_items={}
+        )
+    outcome = status.outcome
     steps = read_metrics(folder.metrics)
     last = steps[-1]["step"] if steps else first_step
     summary = {
         "job": config.job.name,
-        "solved": _solved(config, status),
+        "solved": config.stop is not None and outcome is not None and outcome.kind == "solved",
         "exit_code": int(exit_code),
         "exit_reason": reason,
         "steps": last,
@@ -78,11 +82,10 @@ def write_report(
         # Whatever a library of plots raises, the run is over and has its outcome.
         *_remark("no plot", partial(_plot, folder, config, steps), Exception),
     ]
-    outcome = status.outcome if status is not None else None
     finished = outcome is not None and outcome.kind in FINISHED_OUTCOMES
     if summary["solved"]:
         head = "solved"
-    elif finished or exit_code in JOB_FAILURES:
+    elif finished or exit_code in USER_CODES | {ExitCode.FAILED}:
         head = "finished" if exit_code == 0 else "not solved" if finished else "failed"
     else:
         head = "stopped"
@@ -104,18 +107,8 @@ def _remark(missing: str, write: Callable[[], None], expected: type[Exception]) 
         yield f"{missing}: {getattr(error, 'strerror', None) or printable_value(error)}"
 
 
-def _solved(config: JobConfig, status: Status | None) -> bool:
-    return (
-        config.stop is not None
-        and status is not None
-        and status.outcome is not None
-        and (status.outcome.kind == "solved")
-    )
-
-
-def _counters(status: Status | None) -> dict[str, Any]:
-    members = status.members if status is not None else []
-    policy = next((member.progress for member in members if member.name == FIRST_POLICY), _NOTHING)
+def _counters(status: Status) -> dict[str, Any]:
+    members, policy = status.members, status.progress(FIRST_POLICY)
     rollouts = {member.name: member.progress for member in members if member.role is Role.ROLLOUT}
     own = finite({name: policy.counters[name] for name in (MEAN_RETURN, *_SECONDS) if name in policy.counters})
     return {
@@ -133,8 +126,7 @@ def _counters(status: Status | None) -> dict[str, Any]:
             "abandoned": sum(each.count("abandoned") for each in rollouts.values()),
         },
         "work_items": {
-            name: status.work_items.get(name, 0) if status is not None else 0
-            for name in ("given_again", "failed_attempts", "given_up")
+            name: status.work_items.get(name, 0) for name in ("given_again", "failed_attempts", "given_up")
         },
         "weight_payloads_fetched": {
             name: progress.count("weight_payloads") for name, progress in sorted(rollouts.items())

@@ -1,6 +1,6 @@
-"""How a job is brought to an end, and how it has ended.
+"""How the processes of a job are brought to an end, and how the job has ended.
 
-How children are brought to an end: one deadline for all of them, and ever firmer means. No I/O.
+There is one deadline for all processes, and ever firmer means.
 
 Rollout replicas get a part of the deadline (`ROLLOUT_SHARE`): should one of them be what the policy waits for, its
 end leaves the policy time to write a checkpoint.
@@ -18,8 +18,8 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never
 
@@ -58,17 +58,17 @@ class ShutdownEscalation:
     def __init__(self, bound: float, *, at_once: bool, clock: Clock = MONOTONIC) -> None:
         self._clock = clock
         self._began = clock.now()
-        self.bound = bound
-        self._due = {means: means.value * bound for means in KillStage}
+        self._bound = bound
+        self._due = {stage: stage.value * bound for stage in KillStage}
         if at_once:
             self._due[KillStage.TERMINATE] = 0.0
 
     def due_stages(self) -> list[KillStage]:
         """The stages whose time has come since the last call."""
         elapsed = self._clock.now() - self._began
-        due = [means for means, at in self._due.items() if elapsed >= at]
-        for means in due:
-            del self._due[means]
+        due = [stage for stage, at in self._due.items() if elapsed >= at]
+        for stage in due:
+            del self._due[stage]
         return due
 
     def hurry(self) -> None:
@@ -85,21 +85,17 @@ class ShutdownEscalation:
     @property
     def has_ended(self) -> bool:
         """True when even those that were killed should long have ended."""
-        return not self._due and self._clock.now() - self._began >= 2 * self.bound
+        return not self._due and self._clock.now() - self._began >= 2 * self._bound
 
 
 # --- ending ------------------------------------------------------------------------------------------------------
 
-# How a job has ended: put together from what its processes left behind, whichever of them were killed.
-#
 # The work is finished if one of these states it, whatever signal ended a process afterwards: the status that the
 # controller wrote, and the checkpoint, which the policy writes before it notifies the controller.
 
 _LOG = logging.getLogger("dray.jobs.launch.shutdown")
 TIME_LIMIT_SIGNAL = signal.SIGUSR2
 """Notifies the supervisor of a job on Slurm that the time limit is near."""
-
-_FINISHED_CHECKPOINTS = {"solved": "solved", "finished": "finished"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +110,11 @@ class Ending:
     def complete(self) -> bool:
         """Whether the status has the last figures of all replicas: the controller was there until they ended."""
         status = self.status
-        if status is None or not status.phase.is_final:
-            return False
-        return all(member.state is not MemberState.ACTIVE for member in status.members)
+        return (
+            status is not None
+            and status.phase.is_final
+            and all(member.state is not MemberState.ACTIVE for member in status.members)
+        )
 
 
 def recorded_status(folder: JobFolder) -> Status | None:
@@ -142,7 +140,7 @@ def finished_checkpoint(folder: JobFolder) -> CheckpointState | None:
     except ConfigError as error:
         _LOG.error("%s", error)
         return None
-    return found[1] if found is not None and found[1].outcome in _FINISHED_CHECKPOINTS else None
+    return found[1] if found is not None and found[1].outcome in ("solved", "finished") else None
 
 
 def ending(
@@ -165,27 +163,25 @@ def ending(
         controller_request: why the supervisor asked a controller without an outcome to end, if it did.
         on_slurm: whether the job is one of Slurm.
     """
-    if controller_request and status is not None and _interrupted(status) and not signals:
-        # That the controller "received SIGTERM" is what the supervisor did, and no reason.
-        failed = OutcomeReport(kind="failed", reason=controller_request)
-        status = status.model_copy(update={"outcome": failed, "phase": Phase.FAILED})
     outcome = None if status is None else status.outcome
+    asked = bool(controller_request) and not signals
+    if status is not None and outcome is not None and outcome.kind == "interrupted" and asked:
+        # That the controller "received SIGTERM" is what the supervisor did, and no reason.
+        outcome = OutcomeReport(kind="failed", reason=controller_request)
+        status = status.model_copy(update={"outcome": outcome, "phase": Phase.FAILED})
     if checkpoint is not None and (outcome is None or outcome.kind not in FINISHED_OUTCOMES):
-        kind = _FINISHED_CHECKPOINTS[checkpoint.outcome]
-        reason = f"{kind} at step {checkpoint.step} (according to the checkpoint)"
-        outcome = OutcomeReport.model_validate({"kind": kind, "reason": reason})
+        reason = f"{checkpoint.outcome} at step {checkpoint.step} (according to the checkpoint)"
+        outcome = OutcomeReport.model_validate({"kind": checkpoint.outcome, "reason": reason})
         known = status or Status(
             job=job, phase=Phase.DRAINING, seconds=0.0, outcome=None, members=[], work_items={}
         )
         phase = final_phase(outcome.kind) if known.phase.is_final else known.phase
         status = known.model_copy(update={"outcome": outcome, "phase": phase})
-    if outcome is not None and outcome.kind in FINISHED_OUTCOMES:
-        return Ending(status, exit_code_of(outcome), outcome.reason)
-    if signals:
+    if signals and (outcome is None or outcome.kind not in FINISHED_OUTCOMES):
         return Ending(status, 128 + signals[0], reason_of(signals[0], on_slurm=on_slurm))
-    if outcome is not None:
-        return Ending(status, exit_code_of(outcome), outcome.reason)
-    return Ending(status, ExitCode.FAILED, failure or "the job ended without an outcome")
+    if outcome is None:
+        return Ending(status, ExitCode.FAILED, failure or "the job ended without an outcome")
+    return Ending(status, _exit_code_of(outcome), outcome.reason)
 
 
 def reason_of(number: signal.Signals, *, on_slurm: bool) -> str:
@@ -194,23 +190,22 @@ def reason_of(number: signal.Signals, *, on_slurm: bool) -> str:
     return "the time limit is near" if limit else f"interrupted by {number.name}"
 
 
-def stopped_early(folder: JobFolder | None, job: str, signals: Sequence[signal.Signals]) -> Ending:
-    """How a job ended that a signal stopped before it was started; the reason is one line.
+def stopped_early(
+    folder: JobFolder | None, signals: Sequence[signal.Signals], show_line: Callable[[str], None]
+) -> int:
+    """Show in one line how a job ended that a signal stopped before it was started; returns the exit code.
 
     Args:
         folder: None if there is none yet.
     """
     on_slurm = folder is not None and folder.attempt is not None
     checkpoint = None if folder is None else finished_checkpoint(folder)
-    found = ending(job, None, checkpoint, signals, "", on_slurm=on_slurm)
-    return replace(found, reason=f"stopped: {found.reason} before anything was started")
+    found = ending("", None, checkpoint, signals, "", on_slurm=on_slurm)
+    show_line(f"stopped: {found.reason} before anything was started")
+    return found.exit_code
 
 
-def _interrupted(status: Status) -> bool:
-    return status.outcome is not None and status.outcome.kind == "interrupted"
-
-
-def exit_code_of(outcome: OutcomeReport) -> ExitCode:
+def _exit_code_of(outcome: OutcomeReport) -> ExitCode:
     """The exit code of a job that came to `outcome`, unless a signal ended it."""
     match outcome.kind:
         case "solved" | "finished":

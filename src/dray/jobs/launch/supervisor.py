@@ -6,23 +6,22 @@ import logging
 import secrets
 import selectors
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from dray.clock import Deadline, Stopwatch
 from dray.errors import ControlPlaneError
 from dray.jobs.config import JobConfig
-from dray.jobs.controller.listener import bind
+from dray.jobs.controller.listener import bind, token_from_file
 from dray.jobs.controller.state import THE_JOB_HAS
 from dray.jobs.exit_codes import USER_CODES, ExitCode
 from dray.jobs.folder import JobFolder, JobSpec, short_path
 from dray.jobs.launch.display import Display
-from dray.jobs.launch.job_processes import JobPlacement, JobProcesses, LocalHost
 from dray.jobs.launch.output import attempt_folder, supervisor_log
 from dray.jobs.launch.process_supervisor import ProcessSupervisor
-from dray.jobs.launch.processes import JobProcess, replica_end
+from dray.jobs.launch.processes import JobPlacement, JobProcess, JobProcesses, LocalHost, replica_end
 from dray.jobs.launch.report import write_report
 from dray.jobs.launch.shutdown import (
     ROLLOUT_SHARE,
@@ -38,33 +37,21 @@ from dray.jobs.launch.shutdown import (
 from dray.jobs.messages import models
 from dray.jobs.messages.controller_client import ControllerClient, ControllerLostError
 from dray.jobs.messages.models import MemberState, Role
-from dray.jobs.process import ShutdownStep, SignalInbox, closed_by_step
+from dray.jobs.process import SignalInbox, closed_by_step
 from dray.jobs.queue import REDIS_STOP_BOUND
 from dray.jobs.queue.redis_server import job_redis
 from dray.jobs.replica.checkpoint import CheckpointState
-from dray.text import printable
+from dray.text import path_of, printable
 
 # --- reports -----------------------------------------------------------------------------------------------------
 
 Report = models.Died | models.Stop
 
 
-class Controller(Protocol):
-    """What the supervisor asks the controller; see `ControllerClient`."""
-
-    def status(self) -> models.Status:
-        """The status of the job."""
-        ...
-
-    def post(self, path: str, body: models.Message, reply: type[models.Directive]) -> models.Directive:
-        """Send `body` and return the answer."""
-        ...
-
-
 class Reports:
     """The reports that wait. There is at most one of each kind about each replica: the newest."""
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(self, controller: ControllerClient) -> None:
         self._controller = controller
         self._waiting: dict[tuple[str, str], Report] = {}
 
@@ -93,9 +80,6 @@ class Reports:
                 raise
             del self._waiting[key]
         return answer
-
-    def __len__(self) -> int:
-        return len(self._waiting)
 
 
 # --- supervisor --------------------------------------------------------------------------------------------------
@@ -134,12 +118,15 @@ def supervise(
         _LOG.info("%s", text)
 
     began, later = Stopwatch(), list[str]()
+    token_file = config.controller.token_file
+    chosen_token = None if token_file is None else token_from_file(path_of(token_file))
     job_id = f"{config.job.name[:40]}-{secrets.token_hex(4)}"
     with selectors.DefaultSelector() as selector, ExitStack() as resources:
         listener = resources.enter_context(bind(placement.address, config.controller.port))
-        step = ShutdownStep("end the use of Redis", "its answer, or its end", REDIS_STOP_BOUND)
         redis = job_redis(config, job_id, folder.run / "redis", placement.redis_host, report, later.append)
-        server = closed_by_step(resources, redis, step)
+        redis_address = resources.enter_context(
+            closed_by_step(redis, "end the use of Redis", "its answer, or its end", REDIS_STOP_BOUND)
+        )
         attempt_folder(folder)
         if placement.options is not None:
             placement.options.write(folder.root)
@@ -151,11 +138,11 @@ def supervise(
             job_file=job_file,
             folder=folder,
             secret=placement.secret,
-            redis_url=(server.tcp_address or server.address).url,
+            redis_url=redis_address.url,
             job_id=job_id,
             resume=state is not None,
             first_work_item=state.next_work_item if state is not None else 0,
-            chosen_token=placement.token,
+            chosen_token=chosen_token,
         )
         spec.write()
         # From here on there are processes; they end before anything above does.
@@ -168,14 +155,14 @@ def supervise(
             config, folder, processes, client, selector=selector, inbox=inbox, report=report, show=display.update
         )
         processes.start_replicas(selector, spec)
-        more = f", {processes.remote} more start on other nodes" if processes.remote else ""
+        more = f", {len(placement.remote)} more start on other nodes" if placement.remote else ""
         count = sum(1 for each in local.processes if each.role is not None)
         report(f"started controller and {count} replicas{more}; output in {short_path(folder.root)}")
         supervisor.watch()
         ending = supervisor.ending()
         if ending.status is not None:
             display.update(ending.status)
-    display.freeze()
+    display.close()
     summary = write_report(
         folder,
         config,
@@ -195,7 +182,6 @@ class JobSupervisor(ProcessSupervisor):
     """Watches the processes of a job, restarts the policy, and ends all in order, the controller last.
 
     Args:
-        report: shows a line to the user, and logs it.
         show: shows a status of the job.
     """
 
@@ -204,20 +190,19 @@ class JobSupervisor(ProcessSupervisor):
         config: JobConfig,
         folder: JobFolder,
         processes: JobProcesses,
-        controller: Controller,
+        controller: ControllerClient,
         *,
         selector: selectors.BaseSelector,
         inbox: SignalInbox,
         report: Callable[[str], None],
         show: Callable[[models.Status], None],
     ) -> None:
-        super().__init__(inbox, selector, processes.hosts)
+        super().__init__(inbox, selector, processes.hosts, report)
         self._config = config
         self._folder = folder
         self._job = processes
         self._client = controller
         self._reports = Reports(controller)
-        self._show_line = report
         self._show = show
         self._next_status = Deadline.after(0)
         self._answered_at = Stopwatch()
@@ -242,7 +227,14 @@ class JobSupervisor(ProcessSupervisor):
         """How the job has ended, once `watch` has returned."""
         status = newest_status(recorded_status(self._folder), self._status)
         if status is not None:
-            status = _with_reasons(status, self._asked_members)
+            # The supervisor knows why the members ended that it has asked to.
+            members = [
+                member.model_copy(
+                    update={"reason": self._asked_members.get((member.name, member.pid), member.reason)}
+                )
+                for member in status.members
+            ]
+            status = status.model_copy(update={"members": members})
         return ending(
             self._config.job.name,
             status,
@@ -261,15 +253,12 @@ class JobSupervisor(ProcessSupervisor):
     def _seconds_to_next(self) -> float:
         return self._next_status.remaining
 
-    def _report(self, line: str) -> None:
-        self._show_line(line)
-
     def _react(self) -> None:
-        self._job.apply_timeouts()
+        self._job.listener.apply_timeouts()
         if self.signals and not self._interrupted:
             self._interrupted = True
             name, bound = self.signals[0].name, self._config.timeouts.shutdown
-            self._show_line(f"{name}: ending the job, at most {bound:g} s")
+            self._report(f"{name}: ending the job, at most {bound:g} s")
             reason = reason_of(self.signals[0], on_slurm=self._folder.attempt is not None)
             self._send(models.Stop(reason=reason))
             self._end(at_once=True)
@@ -287,8 +276,7 @@ class JobSupervisor(ProcessSupervisor):
         assert code is not None
         if process is self._job.controller:
             self._log_end(process, process.ending)
-            recorded = recorded_status(self._folder)
-            early = not self.signals and (recorded is None or not recorded.phase.is_final)
+            early = not self.signals and not self._has_ended()
             if early:
                 self._failure = f"the controller ended early: {process.ending}; see {short_path(process.log)}"
             self._end(at_once=early)
@@ -298,41 +286,25 @@ class JobSupervisor(ProcessSupervisor):
         status = self._newest_status()
         outcome = None if status is None or status.outcome is None else status.outcome.kind
         request = self.requests.get(process)
-        end = replica_end(code, process.ending, request, _member_of(status, process), outcome)
+        member = _members(status).get((process.name, process.pid))
+        counted = None if member is None else (member.state, member.reason)
+        end = replica_end(code, process.ending, request, counted, outcome)
         self._log_end(process, end.reason)
         if request is not None and request.number == signal.SIGTERM and request.explains(code):
             self._asked_members[process.name, process.pid] = end.reason
-        again = (
-            not self._is_ending
-            and not self.signals
-            and outcome is None
-            and (
-                (process in self._job.policy.children and self._job.policy.may_restart())
-                or self._job.may_restart(process)
-            )
-        )
+        again = not self._is_ending and not self.signals and outcome is None and self._job.may_restart(process)
         # A process is named when it is killed.
         reported = self._asked or end.killed or (not end.early and code in (ExitCode.OK, ExitCode.FAILED))
         if not reported:
-            self._show_line(end.line(process.name) + (f"; see {short_path(process.log)}" if end.early else ""))
+            self._report(end.line(process.name) + (f"; see {short_path(process.log)}" if end.early else ""))
         assert process.role is not None
         # A member that has left in order is not affected by it.
         reason = printable(end.reason, models.MAX_SENTENCE)
-        answer = self._send(
-            models.Died(
-                name=process.name,
-                role=process.role,
-                pid=process.pid,
-                reason=reason,
-                final=not again,
-                exit_code=code,
-            )
-        )
-        again = again and not (answer is not None and answer.stop)
-        if again and process.role is Role.ROLLOUT:
-            self._show_line(self._job.restart(process))
-        elif again:
-            self._restart_policy()
+        name, role, pid = process.name, process.role, process.pid
+        died = models.Died(name=name, role=role, pid=pid, reason=reason, final=not again, exit_code=code)
+        answer = self._send(died)
+        if again and not (answer is not None and answer.stop):
+            self._report(self._job.restart(process))
         elif process.role is Role.POLICY or not self._replicas_run:
             self._end()
 
@@ -340,21 +312,16 @@ class JobSupervisor(ProcessSupervisor):
         since = "" if self._end_began is None else f", {self._end_began.elapsed:.2f} s after the end began"
         _LOG.info("%s ended with code %s (%s)%s", process.name, process.exit_code, reason, since)
 
-    def _restart_policy(self) -> None:
-        policy = self._job.policy
-        policy.restart()
-        self._show_line(f"restarting the policy group (restart {policy.restarted} of {policy.restarts})")
-
     def _kill_silent(self) -> None:
         """A policy replica that counts as dead, but is still there, is killed: the group may be restarted then."""
-        members = self._status.members if self._status is not None else []
-        dead = {(member.name, member.pid): member for member in members if member.state is MemberState.DEAD}
-        for process in self._job.others():
-            member = dead.get((process.name, process.pid))
+        members = _members(self._status)
+        for process in self._others():
+            member = members.get((process.name, process.pid))
+            dead = member is not None and member.state is MemberState.DEAD
             request = self.requests.get(process)
             killed = request is not None and request.number == signal.SIGKILL
-            if member is not None and process.running and not killed and not self._is_ending:
-                self._show_line(f"{process.name} is {member.reason} and is killed")
+            if member is not None and dead and process.running and not killed and not self._is_ending:
+                self._report(f"{process.name} is {member.reason} and is killed")
                 why = f"the controller had declared it dead ({member.reason})"
                 self._request_end(process, signal.SIGKILL, why)
 
@@ -364,19 +331,19 @@ class JobSupervisor(ProcessSupervisor):
             self._asked = at_once
             bound = self._config.timeouts.shutdown
             self._end_began = Stopwatch()
-            self._job.stop_accepting()
+            self._job.listener.stop_accepting()
             self._escalations = [
-                (self._job.rollouts, ShutdownEscalation(bound * ROLLOUT_SHARE, at_once=at_once)),
-                (self._job.others, ShutdownEscalation(bound, at_once=at_once)),
+                (self._rollouts, ShutdownEscalation(bound * ROLLOUT_SHARE, at_once=at_once)),
+                (self._others, ShutdownEscalation(bound, at_once=at_once)),
             ]
-            names = ", ".join(process.name for process in self._job.processes if process.running)
+            names = ", ".join(process.name for process in self.processes if process.running)
             asked = "they are asked by signal" if at_once else "they know it from the controller"
             _LOG.info("shutdown: end the processes (%s), waiting for %s, at most %.1f s", asked, names, bound)
         controller = self._job.controller
         if controller is not None and self._answered and not self._replicas_run:
             # The last replica has unregistered, or is not going to: nothing is left to wait for. A controller that
             # is starting is notified of their ends first.
-            if not self._controller_request and not self._has_outcome():
+            if not self._controller_request and self._last_outcome() is None:
                 self._controller_request = self._failure or "no replica was left"
             controller.signal(signal.SIGTERM)
 
@@ -385,16 +352,26 @@ class JobSupervisor(ProcessSupervisor):
         return self._job.controller is not None and self._job.controller.running
 
     @property
+    def _replicas(self) -> Sequence[JobProcess]:
+        return [each for each in self.processes if each is not self._job.controller]
+
+    @property
     def _replicas_run(self) -> bool:
-        return any(each.running for each in self._job.replicas)
+        return any(each.running for each in self._replicas)
+
+    def _rollouts(self) -> Sequence[JobProcess]:
+        return [each for each in self.processes if each.role is Role.ROLLOUT]
+
+    def _others(self) -> Sequence[JobProcess]:
+        return [each for each in self.processes if each.role is not Role.ROLLOUT]
 
     def _why_it_ends(self, stage: KillStage) -> str:
         if stage is KillStage.KILL:
             hurried = len(self.signals) > 1
             return f"another signal came ({self.signals[-1].name})" if hurried else "it did not end in time"
-        status = recorded_status(self._folder) or self._status
-        if status is not None and status.outcome is not None:
-            return f"the job had {THE_JOB_HAS[status.outcome.kind]}"
+        outcome = self._last_outcome()
+        if outcome is not None:
+            return f"the job had {THE_JOB_HAS[outcome.kind]}"
         if self.signals:
             return f"the job had {THE_JOB_HAS['interrupted']}"
         return self._failure or "no policy replica was left"
@@ -405,12 +382,12 @@ class JobSupervisor(ProcessSupervisor):
         super()._apply(stage, process)
         if stage is KillStage.KILL:
             how = "was killed" if len(self.signals) > 1 else "did not end in time and was killed"
-            self._show_line(f"{process.name} (pid {process.pid}) {how}; see {short_path(process.log)}")
+            self._report(f"{process.name} (pid {process.pid}) {how}; see {short_path(process.log)}")
 
-    def _has_outcome(self) -> bool:
-        """Whether the controller is known to have an outcome of the job."""
-        statuses = (recorded_status(self._folder), self._status)
-        return any(status is not None and status.outcome is not None for status in statuses)
+    def _last_outcome(self) -> models.OutcomeReport | None:
+        """What the controller has recorded or answered last as the outcome of the job."""
+        status = recorded_status(self._folder) or self._status
+        return None if status is None else status.outcome
 
     def _newest_status(self) -> models.Status | None:
         """What the controller answers now; else what it has recorded; else its last answer."""
@@ -436,7 +413,7 @@ class JobSupervisor(ProcessSupervisor):
                 return None
             self._controller_silent = True
             self._failure = self._failure or str(error)
-            self._show_line(str(error))
+            self._report(str(error))
             return None
 
     def _has_ended(self) -> bool:
@@ -445,8 +422,19 @@ class JobSupervisor(ProcessSupervisor):
         return recorded is not None and recorded.phase.is_final
 
     def _report_running(self, status: models.Status) -> None:
-        """Report silent replicas whose processes run to the controller."""
-        seen = _seen_alive(status, self._job.replicas, self._config.controller.dead_after)
+        """Report members that are silent, and could soon count as dead, although their processes run."""
+        dead_after = self._config.controller.dead_after
+        silent = {
+            identity
+            for identity, member in _members(status).items()
+            if member.state is MemberState.ACTIVE and member.silence > dead_after / 3
+        }
+        found = [
+            models.Seen(name=process.name, pid=process.pid, seconds=process.seconds_unseen())
+            for process in self._replicas
+            if process.running and (process.name, process.pid) in silent
+        ]
+        seen = [each for each in found if each.seconds < dead_after][: models.MAX_MEMBERS]
         if seen:
             self._ask(lambda: self._client.post("/alive", models.Alive(seen=seen), models.Directive))
 
@@ -458,51 +446,22 @@ class JobSupervisor(ProcessSupervisor):
             if self._answered_at.elapsed > stall:
                 self._silences += 1
                 waited = f"{self._answered_at.elapsed:.1f} s"
-                self._show_line(f"stall: dray run waits for the controller, for its status, since {waited}")
+                self._report(f"stall: dray run waits for the controller, for its status, since {waited}")
             return
         self._answered, self._controller_silent = True, False
         self._answered_at, self._silences = Stopwatch(), 0
         self._ask(self._reports.send)
         self._report_running(self._status)
-        if self._is_ending:
-            if not self._replicas_run:
-                self._end()
-        elif not self._status.phase.gives_work:
+        ended = not self._replicas_run if self._is_ending else not self._status.phase.gives_work
+        if ended:
             self._end()
         stalled = self._status.stall
         if stalled is not None and stalled.reports > self._stalls:
             self._stalls = stalled.reports
-            self._show_line(f"stall: {stalled.line}")
+            self._report(f"stall: {stalled.line}")
         self._show(self._status)
 
 
-def _seen_alive(status: models.Status, processes: Sequence[JobProcess], dead_after: float) -> list[models.Seen]:
-    """The members that are silent, and could soon count as dead, although their processes run."""
-    silent = {
-        (member.name, member.pid)
-        for member in status.members
-        if member.state is MemberState.ACTIVE and member.silence > dead_after / 3
-    }
-    found = [
-        models.Seen(name=process.name, pid=process.pid, seconds=process.seconds_unseen())
-        for process in processes
-        if process.running and (process.name, process.pid) in silent
-    ]
-    return [each for each in found if each.seconds < dead_after][: models.MAX_MEMBERS]
-
-
-def _member_of(status: models.Status | None, process: JobProcess) -> tuple[MemberState, str] | None:
-    """What the controller counts a process as, and why; None if it has not registered."""
-    for member in [] if status is None else status.members:
-        if (member.name, member.pid) == (process.name, process.pid):
-            return member.state, member.reason
-    return None
-
-
-def _with_reasons(status: models.Status, reasons: Mapping[tuple[str, int], str]) -> models.Status:
-    """`status`, in which members have the reasons that the supervisor knows, by name and pid."""
-    members = [
-        member.model_copy(update={"reason": reasons.get((member.name, member.pid), member.reason)})
-        for member in status.members
-    ]
-    return status.model_copy(update={"members": members})
+def _members(status: models.Status | None) -> dict[tuple[str, int], models.MemberStatus]:
+    """The members that have registered, by name and pid."""
+    return {} if status is None else {(member.name, member.pid): member for member in status.members}

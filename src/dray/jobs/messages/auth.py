@@ -1,4 +1,15 @@
-"""Connections between the nodes of a job: how each end proves that it knows the job's secret."""
+"""Connections between the nodes of a job: how each end proves that it knows the job's secret.
+
+```
+head                                         node
+  nonce (32 bytes) ─────────────────────────►
+  ◄─────────────── nonce, proof of the node, purpose
+  proof of the head ────────────────────────►
+```
+
+These are messages as of `dray.jobs.messages.channel`. A proof is an HMAC-SHA256 over both nonces and the purpose,
+under a key that follows from the secret. The secret itself is never sent, and a proof is good for one connection.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +20,6 @@ import math
 import secrets
 import selectors
 import socket
-import struct
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Annotated
@@ -19,32 +29,20 @@ from pydantic import Field, ValidationError
 from dray.admission import BACKLOG, MAX_ACCEPTED, UNPROVEN_SECONDS, AcceptPause, LineLimit, Unproven, accept
 from dray.clock import Deadline
 from dray.errors import AuthenticationError, ConfigError, DrayError, TransportError, TransportTimeout, Unreachable
+from dray.jobs.messages.channel import Frames, FramingError, framed
 from dray.jobs.messages.models import Message
 from dray.resources import Closing
 
 # --- handshake ---------------------------------------------------------------------------------------------------
 
-# How the two ends of a connection between nodes show each other that they know the job's secret.
-#
-# ```
-# head                                         node
-#   nonce (32 bytes) ─────────────────────────►
-#   ◄───────── nonce, length, purpose, proof of the node
-#   proof of the head ────────────────────────►
-# ```
-#
-# A proof is an HMAC-SHA256 over both nonces and the purpose, under a key that follows from the secret. The secret
-# itself is never sent, and a proof is good for one connection. The purpose is JSON: from which node of which
-# attempt the connection comes, and for which policy rank, if it is for one. No I/O.
-
 NONCE = 32
 PROOF = 32
-_LENGTH = struct.Struct("!H")
 _MAX_PURPOSE = 1024
+_STRANGER = "the listener at the head's address does not know the job's secret"
 
 
 class ConnectionInfo(Message):
-    """What a connection is for: the orders to a node, or the channel of a policy rank there."""
+    """What a connection is for: the orders to a node of an attempt, or the channel of a policy rank there."""
 
     node: Annotated[str, Field(min_length=1, max_length=255)]
     attempt: Annotated[str, Field(min_length=1, max_length=64)]
@@ -52,66 +50,47 @@ class ConnectionInfo(Message):
 
 
 class ServerAuth:
-    """The head's end.
+    """The head's end. No I/O.
 
     Attributes:
-        nonce: what it sends first.
+        challenge: what it sends first.
     """
 
     def __init__(self, secret: bytes) -> None:
         self._key = _key(secret)
-        self._received = bytearray()
-        self.nonce = secrets.token_bytes(NONCE)
+        self._frames = Frames(NONCE + PROOF + _MAX_PURPOSE)
+        self._nonce = secrets.token_bytes(NONCE)
+        self.challenge = framed(self._nonce)
 
     def feed(self, chunk: bytes) -> tuple[ConnectionInfo, bytes] | None:
-        """Take what was received; once the node's message is complete, its purpose and the head's proof.
+        """Take what was received; once the node's message is complete, its purpose and what the head sends then.
 
         Raises:
             AuthenticationError: the node does not know the secret, or is of another version.
         """
-        self._received += chunk
-        begin = NONCE + _LENGTH.size
-        if len(self._received) < begin:
+        self._frames.feed(chunk)
+        try:
+            body = self._frames.next()
+        except FramingError as error:
+            raise AuthenticationError(f"the other end of a connection sends no proof: {error}") from error
+        if body is None:
             return None
-        (length,) = _LENGTH.unpack_from(self._received, NONCE)
-        if length > _MAX_PURPOSE:
-            raise AuthenticationError(f"the purpose of a connection has {length} bytes")
-        end = begin + length + PROOF
-        if len(self._received) < end:
-            return None
-        received = bytes(self._received)
-        theirs, text, proof = received[:NONCE], received[begin : begin + length], received[begin + length :]
-        if not hmac.compare_digest(_proof(self._key, b"node", self.nonce, theirs, text), proof):
+        theirs, proof, text = body[:NONCE], body[NONCE : NONCE + PROOF], body[NONCE + PROOF :]
+        proven = hmac.compare_digest(_proof(self._key, b"node", self._nonce, theirs, text), proof)
+        if not proven or self._frames:
             raise AuthenticationError("the other end of a connection does not know the job's secret")
         try:
             purpose = ConnectionInfo.model_validate_json(text)
         except ValidationError as error:
             raise AuthenticationError("the other end of a connection is of another version") from error
-        return purpose, _proof(self._key, b"head", self.nonce, theirs, text)
+        return purpose, framed(_proof(self._key, b"head", self._nonce, theirs, text))
 
 
-class ClientAuth:
-    """The node's end."""
-
-    def __init__(self, secret: bytes, purpose: ConnectionInfo) -> None:
-        self._key = _key(secret)
-        self._text = purpose.model_dump_json().encode()
-        self._nonce = secrets.token_bytes(NONCE)
-
-    def answer(self, nonce: bytes) -> bytes:
-        """What the node sends when it has received the head's `nonce`."""
-        self._expected = _proof(self._key, b"head", nonce, self._nonce, self._text)
-        proof = _proof(self._key, b"node", nonce, self._nonce, self._text)
-        return self._nonce + _LENGTH.pack(len(self._text)) + self._text + proof
-
-    def check(self, proof: bytes) -> None:
-        """Check the head's proof.
-
-        Raises:
-            AuthenticationError: the listener there does not know the secret.
-        """
-        if not hmac.compare_digest(self._expected, proof):
-            raise AuthenticationError("the listener at the head's address does not know the job's secret")
+def answer(secret: bytes, purpose: ConnectionInfo, challenge: bytes) -> tuple[bytes, bytes]:
+    """What the node sends when it has received the head's nonce, and the proof that the head must send then."""
+    key, text, ours = _key(secret), purpose.model_dump_json().encode(), secrets.token_bytes(NONCE)
+    proof, expected = (_proof(key, whose, challenge, ours, text) for whose in (b"node", b"head"))
+    return framed(ours + proof + text), expected
 
 
 def _key(secret: bytes) -> bytes:
@@ -168,16 +147,28 @@ def connect(
         TransportError: there is no answer in time.
         AuthenticationError: the listener there does not know the secret.
     """
-    client, endpoint = ClientAuth(secret, purpose), f"tcp:{address[0]}:{address[1]}"
+    endpoint = f"tcp:{address[0]}:{address[1]}"
     with ExitStack() as opened:
-        connected = opened.enter_context(_connect(address, deadline, endpoint))
+        try:
+            connected = opened.enter_context(
+                socket.create_connection(address, timeout=max(0.001, deadline.remaining))
+            )
+        except OSError as error:
+            message = f"the head cannot be reached: {error}"
+            raise Unreachable(message, endpoint=endpoint, elapsed=deadline.elapsed) from error
         end_when_silent(connected, silence)
         try:
-            nonce = _receive(connected, NONCE, deadline, endpoint)
+            nonce = _receive(connected, deadline, endpoint)
+            if len(nonce) != NONCE:
+                raise FramingError(f"a nonce has {NONCE} bytes, not {len(nonce)}")
+            proof, expected = answer(secret, purpose, nonce)
             connected.settimeout(max(0.001, deadline.remaining))
-            connected.sendall(client.answer(nonce), socket.MSG_NOSIGNAL)
-            client.check(_receive(connected, PROOF, deadline, endpoint))
+            connected.sendall(proof, socket.MSG_NOSIGNAL)
+            if not hmac.compare_digest(_receive(connected, deadline, endpoint), expected):
+                raise AuthenticationError(_STRANGER, endpoint=endpoint)
             connected.setblocking(False)
+        except FramingError as error:
+            raise AuthenticationError(f"{_STRANGER}: {error}", endpoint=endpoint) from error
         except DrayError:
             raise
         except TimeoutError as error:
@@ -190,37 +181,22 @@ def connect(
         return connected
 
 
-def _connect(address: tuple[str, int], deadline: Deadline, endpoint: str) -> socket.socket:
-    try:
-        return socket.create_connection(address, timeout=max(0.001, deadline.remaining))
-    except OSError as error:
-        message = f"the head cannot be reached: {error}"
-        raise Unreachable(message, endpoint=endpoint, elapsed=deadline.elapsed) from error
-
-
-def _receive(connected: socket.socket, count: int, deadline: Deadline, endpoint: str) -> bytes:
-    received = b""
-    while len(received) < count:
+def _receive(connected: socket.socket, deadline: Deadline, endpoint: str) -> bytes:
+    """The body of the next message. What the head sends after it stays in the connection."""
+    frames = Frames(max(NONCE, PROOF))
+    while (body := frames.next()) is None:
         connected.settimeout(max(0.001, deadline.remaining))
-        chunk = connected.recv(count - len(received))
+        chunk = connected.recv(frames.missing)
         if not chunk:
             raise TransportError("the head node rejected the connection", endpoint=endpoint)
-        received += chunk
-    return received
+        frames.feed(chunk)
+    return body
 
 
 # --- listener ----------------------------------------------------------------------------------------------------
 
 _CHUNK = 4096
 _LOG = logging.getLogger("dray.jobs.messages.auth")
-
-
-class _PendingConnection:
-    """A connection that has not proven yet that it knows the secret."""
-
-    def __init__(self, connected: socket.socket, secret: bytes) -> None:
-        self.connected = connected
-        self.auth = ServerAuth(secret)
 
 
 class NodeListener(Closing):
@@ -248,7 +224,7 @@ class NodeListener(Closing):
         self._silence = silence
         self._reason_to_reject = reason_to_reject
         self._on_accepted = on_accepted
-        self._unproven: Unproven[_PendingConnection] = Unproven()
+        self._unproven: Unproven[socket.socket] = Unproven()
         self._pause = AcceptPause(_LOG)
         self._paused = False
         self._lines = LineLimit()
@@ -278,7 +254,7 @@ class NodeListener(Closing):
             self._listener.close()
             self._listener = None
         for pending in list(self._unproven):
-            self._drop(pending, "the job ends")
+            self._reject(pending, "the job ends")
 
     def _accept_when_readable(self) -> None:
         assert self._selector is not None
@@ -304,46 +280,44 @@ class NodeListener(Closing):
     def _add(self, connected: socket.socket) -> None:
         assert self._selector is not None
         connected.setblocking(False)
-        pending = _PendingConnection(connected, self._secret)
-        displaced = self._unproven.add(pending)
+        displaced = self._unproven.add(connected)
         if displaced is not None:
             self._reject(displaced, "newer ones that have not proven the secret displaced it")
-        self._selector.register(connected, selectors.EVENT_READ, lambda: self._receive_proof(pending))
+        auth = ServerAuth(self._secret)
+        self._selector.register(connected, selectors.EVENT_READ, lambda: self._receive_proof(connected, auth))
         try:
-            connected.send(pending.auth.nonce, socket.MSG_NOSIGNAL)
+            connected.send(auth.challenge, socket.MSG_NOSIGNAL)
         except OSError as error:
-            self._drop(pending, str(error))
+            self._reject(connected, str(error))
 
-    def _receive_proof(self, pending: _PendingConnection) -> None:
+    def _receive_proof(self, connected: socket.socket, auth: ServerAuth) -> None:
+        assert self._selector is not None
         try:
-            chunk = pending.connected.recv(_CHUNK)
+            chunk = connected.recv(_CHUNK)
             if not chunk:
-                self._drop(pending, "it was closed")
+                self._reject(connected, "it was closed")
                 return
-            answer = pending.auth.feed(chunk)
-            if answer is None:
+            found = auth.feed(chunk)
+            if found is None:
                 return
-            purpose, proof = answer
+            purpose, proof = found
             if reason := self._reason_to_reject(purpose):
-                self._drop(pending, reason)
+                self._reject(connected, reason)
                 return
-            end_when_silent(pending.connected, self._silence)
-            pending.connected.send(proof, socket.MSG_NOSIGNAL)
+            end_when_silent(connected, self._silence)
+            connected.send(proof, socket.MSG_NOSIGNAL)
         except (OSError, AuthenticationError) as error:
-            self._drop(pending, str(error))
+            self._reject(connected, str(error))
             return
-        assert self._selector is not None
-        self._selector.unregister(pending.connected)
-        self._unproven.discard(pending)
-        self._on_accepted(purpose, pending.connected)
+        self._selector.unregister(connected)
+        self._unproven.discard(connected)
+        self._on_accepted(purpose, connected)
 
-    def _drop(self, pending: _PendingConnection, why: str) -> None:
-        if pending in self._unproven:
-            self._unproven.discard(pending)
-            self._reject(pending, why)
-
-    def _reject(self, pending: _PendingConnection, why: str) -> None:
+    def _reject(self, connected: socket.socket, why: str) -> None:
+        """Close a connection, unless that has been done."""
         assert self._selector is not None
-        self._lines.warn(_LOG, "rejected a connection: %s", why)
-        self._selector.unregister(pending.connected)
-        pending.connected.close()
+        if connected.fileno() >= 0:
+            self._lines.warn(_LOG, "rejected a connection: %s", why)
+            self._unproven.discard(connected)
+            self._selector.unregister(connected)
+            connected.close()

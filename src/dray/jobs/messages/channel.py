@@ -52,9 +52,22 @@ class Frames:
         self._limit = limit
         self._received = bytearray()
 
+    def __len__(self) -> int:
+        """Bytes that were received and not returned."""
+        return len(self._received)
+
     def feed(self, chunk: bytes) -> None:
         """Add what was received."""
         self._received += chunk
+
+    @property
+    def missing(self) -> int:
+        """Bytes to receive next for the first message: none of them is of the message after it.
+
+        Raises:
+            FramingError: it is announced as larger than allowed.
+        """
+        return max(0, self._end() - len(self))
 
     def next(self) -> bytes | None:
         """The body of the first message that was not returned yet, if it was received as a whole.
@@ -62,22 +75,25 @@ class Frames:
         Raises:
             FramingError: it is announced as larger than allowed.
         """
-        if len(self._received) < _LENGTH.size:
-            return None
-        (length,) = _LENGTH.unpack_from(self._received)
-        if length > self._limit:
-            raise FramingError(f"a message of {length} bytes was announced; at most {self._limit} are allowed")
-        end = _LENGTH.size + length
-        if len(self._received) < end:
+        end = self._end()
+        if len(self) < end:
             return None
         body = bytes(self._received[_LENGTH.size : end])
         del self._received[:end]
         return body
 
+    def _end(self) -> int:
+        """Where the first message ends, or its length if that has not been received yet."""
+        if len(self) < _LENGTH.size:
+            return _LENGTH.size
+        (length,) = _LENGTH.unpack_from(self._received)
+        if length > self._limit:
+            raise FramingError(f"a message of {length} bytes was announced; at most {self._limit} are allowed")
+        return int(_LENGTH.size + length)
 
-def framed(message: ChannelMessage) -> bytes:
-    """`message` as it is sent."""
-    body = message.model_dump_json().encode()
+
+def framed(body: bytes) -> bytes:
+    """A message with this body as it is sent."""
     return _LENGTH.pack(len(body)) + body
 
 
@@ -114,11 +130,7 @@ class MessageChannel(Closing):
         return self._socket.fileno()
 
     def send(self, message: ChannelMessage) -> None:
-        """Send `message`.
-
-        Raises:
-            GroupLostError: the other end is gone, or does not read.
-        """
+        """Send `message`, or raise `GroupLostError`: the other end is gone, or does not read."""
         try:
             self._send(message, self._grace)
         except OSError as error:
@@ -204,7 +216,7 @@ class MessageChannel(Closing):
     def _send(self, message: ChannelMessage, timeout: float) -> None:
         self._socket.settimeout(timeout)
         try:
-            self._socket.sendall(framed(message), socket.MSG_NOSIGNAL)
+            self._socket.sendall(framed(message.model_dump_json().encode()), socket.MSG_NOSIGNAL)
         finally:
             self._socket.setblocking(False)
 

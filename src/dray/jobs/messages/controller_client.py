@@ -47,7 +47,7 @@ class _Network(httpcore.AnyIOBackend):
         try:
             stream = await super().connect_tcp(*args, **options)
         except httpcore.ConnectError as error:
-            if _is_refusal(error):
+            if _is_refusal(error):  # the pool of connections drops the cause
                 raise _ConnectionRefused from error
             raise
         return descriptor_not_inherited(stream, _descriptor)
@@ -76,6 +76,10 @@ class ControllerClient(Closing):
         token: the job's token.
         timeout: seconds that a call may take in all.
         hurried: the same once the process is about to end.
+
+    Attributes:
+        refused: whether the last connection was refused: the controller is gone, as it listens from before it is
+            started until it ends.
     """
 
     def __init__(self, url: str, token: str, timeout: float, *, hurried: float = 1.0) -> None:
@@ -90,19 +94,13 @@ class ControllerClient(Closing):
         self._closed = False
         self._bounds: set[asyncio.Timeout] = set()
         self._hurry = asyncio.Event()
-        self._refused = False
+        self.refused = False
 
     @classmethod
     def of_address_file(cls, path: Path, token: str, timeout: float, *, hurried: float = 1.0) -> Self:
         """A client for the controller that advertised itself in the file at `path`."""
         url = json.loads(read_private_file(path, "the controller's address"))["url"]
         return cls(url, token, timeout, hurried=hurried)
-
-    @property
-    def refused(self) -> bool:
-        """Whether the last connection was refused: the controller is gone, as it listens from before it is started
-        until it ends."""
-        return self._refused
 
     def post(self, path: str, body: models.Message, reply: type[_Reply], timeout: float | None = None) -> _Reply:
         """Send `body` and return the answer; repeated after transport failures.
@@ -112,16 +110,12 @@ class ControllerClient(Closing):
             MembershipError: the controller does not count the caller as a member.
             ControlPlaneError: any other refusal.
         """
-        content = body.model_dump_json().encode()
-        return self._run(self._request("POST", path, content, reply, self._deadline(timeout)))
+        deadline = Deadline.after(self._timeout if timeout is None else timeout)
+        return self._run(self._request("POST", path, body.model_dump_json().encode(), reply, deadline))
 
-    def status(self, timeout: float | None = None) -> models.Status:
-        """The job's status.
-
-        Raises:
-            ControlPlaneError: as `post`.
-        """
-        return self._run(self._request("GET", "/status", None, models.Status, self._deadline(timeout)))
+    def status(self) -> models.Status:
+        """The job's status; raises as `post` does."""
+        return self._run(self._request("GET", "/status", None, models.Status, Deadline.after(self._timeout)))
 
     def hurry(self) -> None:
         """The process is about to end: from now on, and for calls under way, wait at most the `hurried` seconds,
@@ -144,9 +138,6 @@ class ControllerClient(Closing):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
         self._loop.run_forever()
 
-    def _deadline(self, timeout: float | None) -> Deadline:
-        return Deadline.after(self._timeout if timeout is None else timeout)
-
     def _run(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
@@ -157,16 +148,16 @@ class ControllerClient(Closing):
     async def _request(
         self, method: str, path: str, body: bytes | None, reply: type[_Reply], deadline: Deadline
     ) -> _Reply:
-        message = f"the controller did not answer {method} {path}"
         try:
-            return await self._attempts(method, path, body, reply, deadline)
-        except TimeoutError as error:
-            if deadline.now() - deadline.at < _LATE:
-                raise ControllerLostError(message, endpoint=self.url, elapsed=deadline.elapsed) from error
-        # User code held the interpreter, or the process was stopped: the controller may well have answered.
-        try:
+            try:
+                return await self._attempts(method, path, body, reply, deadline)
+            except TimeoutError:
+                if deadline.now() - deadline.at < _LATE:
+                    raise
+            # User code held the interpreter, or the process was stopped: the controller may well have answered.
             return await self._attempts(method, path, body, reply, Deadline.after(self._hurried))
         except TimeoutError as error:
+            message = f"the controller did not answer {method} {path}"
             raise ControllerLostError(message, endpoint=self.url, elapsed=deadline.elapsed) from error
 
     async def _attempts(
@@ -180,12 +171,12 @@ class ControllerClient(Closing):
                         method, self.url + path, headers=self._headers, content=body
                     )
                 except _TRANSPORT_ERRORS as error:
-                    self._refused = isinstance(error, _ConnectionRefused)
-                    if self._refused and self._hurry.is_set():
+                    self.refused = isinstance(error, _ConnectionRefused)
+                    if self.refused and self._hurry.is_set():
                         message = f"the controller is gone: it refused the connection for {method} {path}"
                         raise ControllerLostError(message, endpoint=self.url) from error
                 else:
-                    self._refused = False
+                    self.refused = False
                     if response.status < 500:
                         return _parsed(response, reply, self.url + path)
                 await self._pause(next(pauses))

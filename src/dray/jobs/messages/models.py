@@ -56,54 +56,26 @@ class MembershipError(ControlPlaneError):
 
 # --- messages ----------------------------------------------------------------------------------------------------
 
+# Bounds of what one message holds.
+MAX_SENTENCE = 2000  # characters of a reason
+MAX_WORK_WAIT = 2.0  # seconds that a request for work items may be held open when there are none
+MAX_MEMBERS = 2048  # replicas that it is about
+MAX_REPORTED = 1 << 16  # work items that it reports
+MAX_FAILED = 1024  # failed attempts that it reports
+MAX_ERROR = 1000  # characters of the error of a failed rollout
+MAX_FIGURES = 256  # of dray's own
+MAX_LABELS = 64
+MAX_FIGURE_NAME = 100  # characters of the name of a figure or label
+MAX_WORDS = 200  # characters of a label, of what a replica does, and of what it waits for
+MAX_METRICS = 256  # of the user's trainer
+MAX_METRIC_NAME = 200  # characters
+MAX_WARNINGS = 20
+MAX_WARNING = 500  # characters
+
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
 Index = Annotated[int, Field(ge=0, lt=2**63)]
 Indices = Annotated[list[Index], Field(max_length=1 << 20)]
-MAX_SENTENCE = 2000
-"""Characters of a reason."""
-
 Sentence = Annotated[str, Field(max_length=MAX_SENTENCE)]
-
-MAX_WORK_WAIT = 2.0
-"""Seconds a request for work items may be held open when there are none."""
-
-
-MAX_MEMBERS = 2048
-"""Replicas that one message is about."""
-
-MAX_REPORTED = 1 << 16
-"""Work items that one request reports."""
-
-MAX_FIGURES = 256
-"""dray's own figures in one report."""
-
-MAX_LABELS = 64
-"""Labels in one report."""
-
-MAX_FIGURE_NAME = 100
-"""Characters of the name of a figure or label."""
-
-MAX_WORDS = 200
-"""Characters of a label, of what a replica does, and of whom it waits for."""
-
-MAX_METRICS = 256
-"""Metrics of the user's trainer in one report."""
-
-MAX_METRIC_NAME = 200
-"""Characters of the name of one of them."""
-
-MAX_WARNINGS = 20
-"""Warnings in one report."""
-
-MAX_WARNING = 500
-"""Characters of one of them."""
-
-MAX_FAILED = 1024
-"""Failed attempts that one request reports."""
-
-MAX_ERROR = 1000
-"""Characters of the error of a failed rollout."""
-
 Reported = Annotated[list[Index], Field(max_length=MAX_REPORTED)]
 ReportedParts = Annotated[list[tuple[Index, Index, Index]], Field(max_length=MAX_REPORTED)]
 FigureName = Annotated[str, Field(max_length=MAX_FIGURE_NAME)]
@@ -112,13 +84,13 @@ Words = Annotated[str, Field(max_length=MAX_WORDS)]
 
 
 class Message(BaseModel):
-    """A body: no unknown fields. A metric may be NaN or infinite; strict JSON has only strings for these."""
+    """A body: no unknown fields. NaN and infinite metrics are strings, as strict JSON has no numbers for them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class Caller(Message):
-    """The caller: its name, and which process of that name it is."""
+    """A replica that calls the controller: `incarnation` is which process of that name it is."""
 
     name: Name
     incarnation: Annotated[str, Field(min_length=1, max_length=64)]
@@ -131,22 +103,35 @@ class Register(Caller):
     pid: Annotated[int, Field(gt=0)]
 
 
-def trimmed_report(given: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `ProgressReport`, without what exceeds its bounds; `trimmed` is increased by that."""
-    trimming = Trimming()
-    fields = {
-        **given,
-        "doing": trimming.text(given.get("doing"), MAX_WORDS),
-        "waits_for": trimming.text(given.get("waits_for", ""), MAX_WORDS),
-        "counters": trimming.table(given.get("counters", {}), MAX_FIGURES, MAX_FIGURE_NAME),
-        "labels": trimming.table(given.get("labels", {}), MAX_LABELS, MAX_FIGURE_NAME, MAX_WORDS),
-        "metrics": trimming.table(given.get("metrics", {}), MAX_METRICS, MAX_METRIC_NAME),
-        "warnings": trimming.texts(given.get("warnings", []), MAX_WARNINGS, MAX_WARNING),
-    }
-    if not trimming.count:
-        return given
-    earlier = given.get("trimmed", 0)
-    return {**fields, "trimmed": earlier + trimming.count if isinstance(earlier, int) else earlier}
+class _Trimming:
+    """Cuts what exceeds a bound, and counts how many texts were cut and how many entries were dropped."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def text(self, given: Any, most: int) -> Any:
+        """`given` with at most so many characters."""
+        if not isinstance(given, str) or len(given) <= most:
+            return given
+        self.count += 1
+        return printable(given, most)
+
+    def texts(self, given: Any, most: int, longest: int) -> Any:
+        """The first texts of the list `given`."""
+        if not isinstance(given, list):
+            return given
+        self.count += max(0, len(given) - most)
+        return [self.text(each, longest) for each in given[:most]]
+
+    def table(self, given: Any, most: int, longest_name: int, longest_text: int | None = None) -> Any:
+        """The first entries of the dictionary `given`, with bounded names, and texts where a bound is given."""
+        if not isinstance(given, dict):
+            return given
+        self.count += max(0, len(given) - most)
+        return {
+            self.text(name, longest_name): value if longest_text is None else self.text(value, longest_text)
+            for name, value in islice(given.items(), most)
+        }
 
 
 class ProgressReport(Message):
@@ -172,7 +157,22 @@ class ProgressReport(Message):
     @model_validator(mode="before")
     @classmethod
     def _trim(cls, given: Any) -> Any:
-        return trimmed_report(given) if isinstance(given, dict) else given
+        if not isinstance(given, dict):
+            return given
+        trimming = _Trimming()
+        fields = {
+            **given,
+            "doing": trimming.text(given.get("doing"), MAX_WORDS),
+            "waits_for": trimming.text(given.get("waits_for", ""), MAX_WORDS),
+            "counters": trimming.table(given.get("counters", {}), MAX_FIGURES, MAX_FIGURE_NAME),
+            "labels": trimming.table(given.get("labels", {}), MAX_LABELS, MAX_FIGURE_NAME, MAX_WORDS),
+            "metrics": trimming.table(given.get("metrics", {}), MAX_METRICS, MAX_METRIC_NAME),
+            "warnings": trimming.texts(given.get("warnings", []), MAX_WARNINGS, MAX_WARNING),
+        }
+        if not trimming.count:
+            return given
+        earlier = given.get("trimmed", 0)
+        return {**fields, "trimmed": earlier + trimming.count if isinstance(earlier, int) else earlier}
 
     def count(self, name: str) -> int:
         """The counter `name` as a whole number; 0 if there is none, or none that is finite."""
@@ -196,8 +196,7 @@ class Heartbeat(Caller):
 
 
 class FailedAttempt(Message):
-    """A rollout of work item `index` failed with `error`, one line; `attempt` is the number that it was given
-    with."""
+    """Attempt number `attempt` at work item `index` failed with `error`, one line."""
 
     index: Index
     attempt: Annotated[int, Field(ge=1)]
@@ -228,8 +227,7 @@ class Finish(Caller):
 
 
 class Unregister(Caller):
-    """``POST /unregister``: the last request of a replica, with the work items published and the attempts failed
-    since the one before, and the exit code with which it is about to end."""
+    """``POST /unregister``: the last request of a replica, which is about to end; fields as in `TakeWork`."""
 
     reason: Sentence
     published: Reported = []
@@ -238,11 +236,11 @@ class Unregister(Caller):
 
 
 class Died(Message):
-    """``POST /died``: the supervisor saw a replica's process `pid` end, with `exit_code` as `subprocess` gives it,
-    and `reason` in case that the replica has given none; `final` unless the supervisor starts the replica, or its
-    group, again.
+    """``POST /died``: the supervisor saw a replica's process end, with `exit_code` as `subprocess` gives it.
 
-    It changes nothing for another process of the same name that has registered since."""
+    `reason` counts if the replica has given none; `final` unless the replica, or its group, is restarted. It
+    changes nothing for another process of the same name that has registered since.
+    """
 
     name: Name
     role: Role
@@ -273,8 +271,7 @@ class Stop(Message):
 
 
 class Directive(Message):
-    """The answer to register and heartbeat: whether to stop, how many policy replicas are there to read, and how
-    many work items were given up so far."""
+    """The answer to register and heartbeat; `readers` are policy replicas that are there to read payloads."""
 
     phase: Phase
     stop: bool
@@ -283,20 +280,18 @@ class Directive(Message):
 
 
 class WorkList(Directive):
-    """The answer to work items: pairs of index and seed; empty where there is no work just now.
-
-    `attempts` has the number of the attempt at each, in the same order, from 1.
-    """
+    """The answer to work items: pairs of index and seed, if there is work, and the numbers of the attempts at
+    them, from 1."""
 
     work_items: list[tuple[int, int]] = []
     attempts: list[int] = []
 
 
 class UnfinishedWork(Message):
-    """The answer to ``POST /under-way``, which a policy asks with a `Caller`: work items that are not finished,
-    those among them whose trajectories were published, and the next work item.
+    """The answer to ``POST /under-way``, which a policy asks with a `Caller`.
 
-    `finished_parts` are the finished payloads of unfinished work items, as in `Heartbeat`.
+    `published` are unfinished work items whose trajectories were published, `finished_parts` the finished payloads
+    of unfinished work items, as in `Heartbeat`.
     """
 
     unfinished: Indices
@@ -343,6 +338,11 @@ class Status(Message):
     members: list[MemberStatus]
     work_items: dict[str, int]
     stall: Stall | None = None
+
+    def progress(self, name: str) -> ProgressReport:
+        """What the member `name` has reported last; an empty report if there is no such member."""
+        found = (member.progress for member in self.members if member.name == name)
+        return next(found, ProgressReport(doing="", seconds=0.0))
 
 
 class ErrorReply(Message):
@@ -408,10 +408,7 @@ class ReplicasRunning(Message):
 
 
 class ReplicaEnded(Message):
-    """From a node: how a replica ended, with the exit code as `subprocess` gives it.
-
-    `request` is the number of the signal with which the node itself has had it end, or 0.
-    """
+    """From a node: how a replica ended, and the number of the signal with which the node has had it end, or 0."""
 
     what: Literal["ended"] = "ended"
     name: Name
@@ -455,56 +452,15 @@ NodeMessage = StartReplica | ReplicaStarted | ReplicasRunning | ReplicaEnded | S
 ChannelMessage = Annotated[RankMessage | NodeMessage, Field(discriminator="what")]
 
 
-# --- models ------------------------------------------------------------------------------------------------------
-
-
-class Trimming:
-    """Cuts, and counts what was cut.
-
-    Attributes:
-        count: how many texts were cut, and how many entries were dropped.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def text(self, given: Any, most: int) -> Any:
-        """`given` with at most so many characters."""
-        if not isinstance(given, str) or len(given) <= most:
-            return given
-        self.count += 1
-        return printable(given, most)
-
-    def texts(self, given: Any, most: int, longest: int) -> Any:
-        """The first texts of the list `given`."""
-        if not isinstance(given, list):
-            return given
-        self.count += max(0, len(given) - most)
-        return [self.text(each, longest) for each in given[:most]]
-
-    def table(self, given: Any, most: int, longest_name: int, longest_text: int | None = None) -> Any:
-        """The first entries of the dictionary `given`, with bounded names, and texts where a bound is given."""
-        if not isinstance(given, dict):
-            return given
-        self.count += max(0, len(given) - most)
-        return {
-            self.text(name, longest_name): value if longest_text is None else self.text(value, longest_text)
-            for name, value in islice(given.items(), most)
-        }
-
-
 # --- work item parts ---------------------------------------------------------------------------------------------
 
 PayloadPart = tuple[int, int, int]
-"""A payload by its place: the index of its work item, its number among the payloads of that, and how many these
-are."""
+"""A payload by its place: the index of its work item, its number there, and how many payloads the item has."""
 
 
 class PartlyFinished:
-    """The work items of which some payloads are finished, or whose number of payloads is known.
-
-    A work item that is worked on again may have another number of payloads: the newest one counts.
-    """
+    """The work items of which some payloads are finished, or whose number of payloads is known: the newest one, as
+    another attempt may have another number."""
 
     def __init__(self) -> None:
         self._finished: dict[int, set[int]] = {}
@@ -531,8 +487,7 @@ class PartlyFinished:
         self._parts.pop(index, None)
 
     def remaining(self, index: int, otherwise: int) -> int:
-        """How many payloads of the work item are not finished; `otherwise` if its number of payloads is not
-        known."""
+        """How many payloads of the work item are not finished; `otherwise` if that is not known."""
         if index not in self._parts:
             return otherwise
         return max(1, self._parts[index] - len(self._finished.get(index, ())))

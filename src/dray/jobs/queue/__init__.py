@@ -3,7 +3,7 @@
 The rings of the producers are the truth; what lies in Redis is an index of them, and can be built again from them
 at any time. `redis` is imported in this package only.
 
-* `start_redis` finds or starts a server, `RedisConnection` talks to it.
+* `configured_redis` tries a server, `start_redis` starts one, `RedisConnection` calls it.
 * `RolloutProducer` and `RolloutConsumer` carry references (or payloads inline) from rollout replicas to the policy
   group; `RolloutQueue` observes them.
 * `WeightsChannel` has the reference of the newest weights.
@@ -13,13 +13,12 @@ from dray.jobs.queue.connection import (
     BacklogFullError,
     ControlPlaneStopped,
     OldEpochError,
+    RedisAddress,
     RedisConnection,
     RedisUnavailableError,
     StreamLostError,
-    delete_job,
 )
 from dray.jobs.queue.consumer import RolloutConsumer
-from dray.jobs.queue.keys import KEY_LIFETIME, JobKeys
 from dray.jobs.queue.producer import (
     CommitOutcome,
     Delivery,
@@ -28,8 +27,8 @@ from dray.jobs.queue.producer import (
     RolloutProducer,
     RolloutQueue,
 )
-from dray.jobs.queue.redis_client import RedisAddress
-from dray.jobs.queue.redis_server import REDIS_STOP_BOUND, RedisServer, start_redis
+from dray.jobs.queue.redis_server import REDIS_STOP_BOUND, RedisServer, configured_redis, delete_job, start_redis
+from dray.jobs.queue.scripts import KEY_LIFETIME, JobKeys
 from dray.jobs.queue.weights import PublishedWeights, WeightsChannel
 
 __all__ = [
@@ -53,6 +52,7 @@ __all__ = [
     "RolloutQueue",
     "StreamLostError",
     "WeightsChannel",
+    "configured_redis",
     "delete_job",
     "start_redis",
 ]

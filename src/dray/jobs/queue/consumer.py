@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-from dray.clock import Deadline
+from dray.clock import MONOTONIC, Deadline
 from dray.errors import ConfigError, ControlPlaneError, ProtocolError
 from dray.jobs.queue import scripts
-from dray.jobs.queue.connection import OldEpochError, RedisConnection, block_ms
-from dray.jobs.queue.keys import GROUP, JobKeys, check_name
+from dray.jobs.queue.connection import OldEpochError, RedisClient, RedisConnection, block_ms, paired
 from dray.jobs.queue.producer import CommitOutcome, Delivery, RolloutEntry, RolloutQueue
-from dray.jobs.queue.redis_client import RedisClient, paired
+from dray.jobs.queue.scripts import GROUP, JobKeys, check_name
 
 # --- ledger ------------------------------------------------------------------------------------------------------
 
@@ -37,8 +36,7 @@ class DeliveryLedger:
     def __init__(self, remembered: int) -> None:
         self._remembered = remembered
         self._lock = threading.Lock()
-        self._held: dict[str, Delivery] = {}
-        self._since: dict[str, float] = {}
+        self._held: dict[str, tuple[Delivery, float]] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
 
     def split_ended(self, deliveries: Iterable[Delivery]) -> tuple[list[Delivery], list[Delivery]]:
@@ -59,51 +57,37 @@ class DeliveryLedger:
         with self._lock:
             for delivery in deliveries:
                 identity = delivery.entry.identity
-                held = self._held.get(identity)
-                if held is None:
+                if identity not in self._held:
                     fresh.append(delivery)
-                    self._since[identity] = now
-                self._held[identity] = replace(held or delivery, entry_id=delivery.entry_id)
+                held, since = self._held.get(identity, (delivery, now))
+                self._held[identity] = replace(held, entry_id=delivery.entry_id), since
         return fresh
 
-    def end(self, deliveries: Iterable[Delivery]) -> None:
+    def end(self, identities: Iterable[str]) -> None:
         """These were trained on or discarded: recognise them if they come again."""
-        self.remember(delivery.entry.identity for delivery in deliveries)
-
-    def remember(self, identities: Iterable[str]) -> None:
-        """As `end`, for what may never have been held here."""
         with self._lock:
             for identity in identities:
-                self._forget(identity)
+                self._held.pop(identity, None)
                 self._ended[identity] = None
             while len(self._ended) > self._remembered:
                 self._ended.popitem(last=False)
 
-    def drop(self, deliveries: Iterable[Delivery]) -> None:
+    def drop(self, identities: Iterable[str]) -> None:
         """These are another consumer's now."""
         with self._lock:
-            for delivery in deliveries:
-                self._forget(delivery.entry.identity)
-
-    def _forget(self, identity: str) -> None:
-        self._held.pop(identity, None)
-        self._since.pop(identity, None)
+            for identity in identities:
+                self._held.pop(identity, None)
 
     @property
     def oldest_since(self) -> float | None:
         """Since when that is held which has been held longest."""
         with self._lock:
-            return next(iter(self._since.values()), None)
+            return next((since for _, since in self._held.values()), None)
 
     def held_ids(self) -> set[str]:
         """Stream ids of what is held."""
         with self._lock:
-            return {delivery.entry_id for delivery in self._held.values()}
-
-    def __len__(self) -> int:
-        """How many deliveries are held."""
-        with self._lock:
-            return len(self._held)
+            return {delivery.entry_id for delivery, _ in self._held.values()}
 
 
 # --- consumer ----------------------------------------------------------------------------------------------------
@@ -111,21 +95,24 @@ class DeliveryLedger:
 logger = logging.getLogger("dray.jobs.queue")
 
 _PAGE = 200
+# What the script FINISH returns for an entry; -1 is one that another consumer was given.
 _ENDED, _NOT_THERE = 1, 0
+
+_Given = tuple[bytes, int, Any]
+"""What the server has given to a consumer: the entry's id, how often it was delivered, its fields."""
 
 
 class RolloutConsumer(RolloutQueue):
     """One member of the policy group; thread-safe.
 
     Args:
-        connection: shared with others; its shutdown event ends every wait here.
-        keys: the job's names.
-        consumer: the member's name.
         max_deliveries: an entry given to this many consumers is not claimed again but becomes a dead letter;
             0 for no limit.
-        epoch: epoch of the policy group that commits are made under; None: not fenced, until `begin_epoch`.
         remembered: how many ended identities are kept to recognise what is published again; at least the slots
             of all producers' rings.
+
+    Attributes:
+        epoch: epoch of the policy group that commits are made under; None: they are not fenced.
 
     Raises:
         ConfigError: the name cannot be one, or `max_deliveries` is negative.
@@ -138,12 +125,11 @@ class RolloutConsumer(RolloutQueue):
         consumer: str,
         *,
         max_deliveries: int = 3,
-        epoch: int | None = None,
         remembered: int = 65536,
     ) -> None:
         if max_deliveries < 0:
             raise ConfigError("max_deliveries", max_deliveries, "at least 0")
-        super().__init__(connection, keys, epoch=epoch)
+        super().__init__(connection, keys)
         self.consumer = check_name("consumer", consumer)
         self._max_deliveries = max_deliveries
         self._ledger = DeliveryLedger(remembered)
@@ -154,25 +140,18 @@ class RolloutConsumer(RolloutQueue):
         self._may_have_unseen = True
         self._found: list[Delivery] = []
 
+    # --- receiving -----------------------------------------------------------------------------------------------
+
     def receive(self, count: int = 1, timeout: float | None = 0.0) -> list[Delivery]:
         """Up to `count` entries for this consumer, as soon as there is one.
 
-        What an earlier process of the same name left unfinished comes first. A missing stream is made.
-
-        Args:
-            count: at least 1.
-            timeout: seconds to wait for the first one; None: until shutdown.
-
-        Returns:
-            The deliveries; none when the time has passed, when shutdown has begun, and during an outage that is
-            shorter than the connection's patience.
-
-        Raises:
-            ControlPlaneError: Redis is lost, or refuses.
+        What an earlier process of the same name left unfinished comes first. A missing stream is made. There are
+        none when the time has passed, when shutdown has begun, and during an outage that is shorter than the
+        connection's patience.
         """
         if count < 1:
             raise ConfigError("count", count, "at least 1")
-        deadline = self._deadline(timeout)
+        deadline = Deadline.after(timeout)
         while True:
             found: list[Delivery] = []
             if self._may_have_unseen:
@@ -185,173 +164,49 @@ class RolloutConsumer(RolloutQueue):
             if deliveries or deadline.expired or self._connection.shutdown.is_set():
                 return deliveries
 
-    def commit(self, deliveries: Iterable[Delivery], timeout: float | None = 30.0) -> CommitOutcome:
-        """End deliveries that were trained on: acknowledge, remove and count them, all at once.
-
-        Safe to repeat. After it, the payloads may be freed (`CONSUME`) but for those that were refused.
-
-        Raises:
-            OldEpochError: the group has a newer epoch; nothing was committed.
-            ControlPlaneError: Redis does not answer, or refuses.
-        """
-        return self._finish("trained", list(deliveries), timeout)
-
-    def commit_trained(
-        self,
-        identities: Collection[str],
-        timeout: float | None = 30.0,
-        *,
-        counter: Literal["trained", "repeated"] = "trained",
-    ) -> list[RolloutEntry]:
-        """End payloads that weights were trained on in an earlier epoch of the group, whichever consumer
-        holds them; as `commit`.
-
-        What comes of them later, published again, is not handed out.
-
-        Args:
-            identities: ``producer:sequence`` of each.
-            counter: what they are counted as; ``"repeated"`` for those that had been committed.
-
-        Returns:
-            The entries of those that had not been ended before, so that the payloads can be freed.
-        """
-        if not identities:
-            return []
-        keys = [self._keys.rollouts, self._keys.index]
-        found = self._connection.call(
-            "look up what was trained on",
-            lambda client: scripts.ENTRIES.run(client, keys, list(identities)),
-            self._deadline(timeout),
-            reads_only=True,
-        )
-        self._end_pairs(counter, [(identity, "") for identity in identities], timeout)
-        self._ledger.remember(identities)
-        return [RolloutEntry.from_fields(paired(fields)) for fields in found]
-
-    def discard(
-        self,
-        deliveries: Iterable[Delivery],
-        timeout: float | None = 30.0,
-        *,
-        counter: Literal["discarded", "too_old"] = "discarded",
-    ) -> CommitOutcome:
-        """End deliveries that will not be trained on, and count them as `counter`; else as `commit`."""
-        return self._finish(counter, list(deliveries), timeout)
-
     def claim_from(self, dead_consumer: str, timeout: float | None = 30.0) -> list[Delivery]:
         """Take over everything that was given to a consumer which was declared dead, and forget that consumer.
 
         What was given to `max_deliveries` consumers becomes a dead letter instead: see `take_dead_letters`.
-
-        Raises:
-            ControlPlaneError: Redis does not answer, or refuses.
         """
         check_name("dead_consumer", dead_consumer)
-        claimed: list[Delivery] = []  # outside: what one attempt was given, the next would not be given again
-
-        def claim(client: RedisClient) -> None:
-            self._claim_all(client, dead_consumer, claimed)
-
-        self._connection.call(f"claim what {dead_consumer} left", self._healing(claim), self._deadline(timeout))
-        return claimed
+        return self._claim_all(f"claim what {dead_consumer} left", lambda _: [dead_consumer], timeout)
 
     def claim_others(self, timeout: float | None = 30.0) -> list[Delivery]:
-        """`claim_from` every other consumer: for a group of one reader, all others belong to older epochs.
+        """`claim_from` every other consumer: for a group of one reader, all others belong to older epochs."""
 
-        Raises:
-            ControlPlaneError: Redis does not answer, or refuses.
-        """
-        claimed: list[Delivery] = []
+        def others(client: RedisClient) -> list[str]:
+            consumers = client.do("XINFO", "CONSUMERS", self._keys.rollouts, GROUP)
+            names = [paired(fields)[b"name"].decode() for fields in consumers]
+            return [name for name in names if name != self.consumer]
 
-        def claim(client: RedisClient) -> None:
-            for fields in client.do("XINFO", "CONSUMERS", self._keys.rollouts, GROUP):
-                name = paired(fields)[b"name"].decode()
-                if name != self.consumer:
-                    self._claim_all(client, name, claimed)
-
-        self._connection.call("claim what others left", self._healing(claim), self._deadline(timeout))
-        return claimed
+        return self._claim_all("claim what others left", others, timeout)
 
     def take_dead_letters(self) -> list[RolloutEntry]:
-        """The entries that became dead letters at this consumer's hands since the last call, so that the caller
-        can free their payloads."""
+        """The entries that this consumer has made dead letters since the last call; their payloads can go."""
         with self._lock:
             found, self._dead_letters = self._dead_letters, []
         return found
-
-    def begin_epoch(self, after: int = 0, timeout: float | None = 30.0) -> int:
-        """Begin a new epoch of the policy group: commits under an older one are refused from now on.
-
-        Args:
-            after: an epoch known from elsewhere that the new one must exceed.
-
-        Returns:
-            The new epoch, which is this queue's from now on.
-
-        Raises:
-            ControlPlaneError: Redis does not answer, or refuses.
-        """
-        self._epoch = int(
-            self._connection.call(
-                "begin an epoch",
-                lambda client: scripts.BEGIN_EPOCH.run(client, [self._keys.group_epoch], [after]),
-                self._deadline(timeout),
-            )
-        )
-        return self._epoch
-
-    def drop_trimmed(self, timeout: float | None = 30.0, *, held: bool = False) -> int:
-        """Count payloads whose entries another client removed from the stream, and forget them; returns how many.
-
-        Their producers publish such payloads again while they live: this is for those that are gone.
-
-        Args:
-            held: those too that this consumer was given, which a commit would end: at the end of a job.
-
-        Raises:
-            ControlPlaneError: Redis does not answer, or refuses.
-        """
-        keys = [self._keys.rollouts, self._keys.index, self._keys.counters]
-
-        def drop(client: RedisClient) -> int:
-            return int(scripts.DROP_TRIMMED.run(client, keys, [GROUP, self.consumer if held else ""]))
-
-        return self._connection.call(
-            "count what was removed from the stream", self._healing(drop), self._deadline(timeout)
-        )
-
-    def check_epoch(self, timeout: float | None = 30.0) -> None:
-        """Make sure that the group has no newer epoch.
-
-        Raises:
-            OldEpochError: it has a newer one.
-            ControlPlaneError: Redis does not answer, or refuses.
-        """
-        self._end_pairs("trained", [], timeout)
-
-    @property
-    def epoch(self) -> int | None:
-        """The epoch that this queue commits under."""
-        return self._epoch
-
-    @property
-    def held(self) -> int:
-        """How many deliveries this consumer was given and has not ended."""
-        return len(self._ledger)
 
     @property
     def oldest_held(self) -> float | None:
         """Seconds since the oldest delivery that is not ended was received; None if there is none."""
         since = self._ledger.oldest_since
-        return None if since is None else self._connection.clock.now() - since
+        return None if since is None else MONOTONIC.now() - since
 
-    def __repr__(self) -> str:
-        return f"<RolloutConsumer {self.consumer} of {self._keys.job} at {self._connection.address}>"
+    def _claim_all(
+        self, what: str, sources: Callable[[RedisClient], list[str]], timeout: float | None
+    ) -> list[Delivery]:
+        claimed: list[Delivery] = []  # outside: what one attempt was given, the next would not be given again
 
-    def _claim_all(self, client: RedisClient, source: str, claimed: list[Delivery]) -> None:
-        claimed += self._claim_pending(client, source)
-        if source != self.consumer:
-            scripts.FORGET_CONSUMER.run(client, [self._keys.rollouts], [GROUP, source])
+        def claim(client: RedisClient) -> None:
+            for source in sources(client):
+                claimed.extend(self._claim_pending(client, source))
+                if source != self.consumer:
+                    scripts.FORGET_CONSUMER.run(client, self._keys, source)
+
+        self._connection.call(what, self._healing(claim), Deadline.after(timeout))
+        return claimed
 
     def _read(self, count: int, deadline: Deadline, client: RedisClient) -> list[Delivery]:
         if self._found:
@@ -378,7 +233,7 @@ class RolloutConsumer(RolloutQueue):
 
     def _claim_pending(self, client: RedisClient, source: str) -> list[Delivery]:
         held = self._ledger.held_ids()
-        moved: list[tuple[bytes, int, list[bytes]]] = []
+        moved: list[_Given] = []
         start = "-"
         with self._noting_interruption():
             while True:
@@ -391,80 +246,135 @@ class RolloutConsumer(RolloutQueue):
 
     def _claim(
         self, client: RedisClient, source: str, limit: int, reason: str, ids: Sequence[bytes]
-    ) -> list[tuple[bytes, int, list[bytes]]]:
-        """Moves entries to this consumer, or makes them dead letters.
-
-        Returns (id, deliveries, fields) of those that moved.
-        """
+    ) -> list[_Given]:
+        """Moves entries to this consumer, and returns them, or makes them dead letters."""
         if not ids:
             return []
-        keys = [self._keys.rollouts, self._keys.index, self._keys.counters, self._keys.dead, self._keys.room]
-        moved = scripts.CLAIM.run(client, keys, [GROUP, source, self.consumer, limit, reason, *ids])
-        for entry_id, deliveries, dead, fields in moved:
-            if dead:
-                self._note_dead_letter(entry_id, deliveries, reason, fields)
-        return [(entry_id, deliveries, fields) for entry_id, deliveries, dead, fields in moved if not dead]
+        moved: list[_Given] = []
+        reply = scripts.CLAIM.run(client, self._keys, source, self.consumer, limit, reason, *ids)
+        for entry_id, deliveries, dead, fields in reply:
+            if not dead:
+                moved.append((entry_id, deliveries, fields))
+                continue
+            message = "entry %s is a dead letter after %d deliveries: %s"
+            logger.warning(message, entry_id.decode(), deliveries, reason)
+            try:
+                entry = RolloutEntry.from_fields(paired(fields))
+            except ProtocolError:
+                continue  # it does not name a payload that could be freed
+            with self._lock:
+                self._dead_letters.append(entry)
+        return moved
 
-    def _note_dead_letter(self, entry_id: bytes, deliveries: int, reason: str, fields: list[bytes]) -> None:
-        logger.warning("entry %s is a dead letter after %d deliveries: %s", entry_id.decode(), deliveries, reason)
-        try:
-            entry = RolloutEntry.from_fields(paired(fields))
-        except ProtocolError:
-            return  # it does not name a payload that could be freed
-        with self._lock:
-            self._dead_letters.append(entry)
-
-    def _accept(self, client: RedisClient, delivered: list[tuple[bytes, int, Any]]) -> list[Delivery]:
+    def _accept(self, client: RedisClient, delivered: list[_Given]) -> list[Delivery]:
         """The new ones among what the server has given to this consumer; ends those that were ended before."""
         deliveries: list[Delivery] = []
         malformed: list[bytes] = []
         for entry_id, count, fields in delivered:
             try:
-                deliveries.append(
-                    Delivery(
-                        RolloutEntry.from_fields(paired(fields or [])), self.consumer, count, entry_id.decode()
-                    )
-                )
+                entry = RolloutEntry.from_fields(paired(fields or []))
             except ProtocolError as error:
                 logger.warning("%s", error)
                 malformed.append(entry_id)
+            else:
+                deliveries.append(Delivery(entry, count, entry_id.decode()))
         current, repeated = self._ledger.split_ended(deliveries)
         end_malformed = partial(self._claim, source=self.consumer, limit=1, reason="malformed", ids=malformed)
         self._healing(end_malformed)(client)
         if repeated:
-            pairs = [(delivery.entry.identity, delivery.consumer) for delivery in repeated]
-            self._run_finish(client, "repeated", pairs, "")
+            scripts.FINISH.run(client, self._keys, "", "repeated", self.consumer, *_identities(repeated))
         # Held only now: had one of the commands failed, the caller would not have been given them.
-        return self._ledger.hold(current, self._connection.clock.now())
+        return self._ledger.hold(current, MONOTONIC.now())
+
+    # --- ending --------------------------------------------------------------------------------------------------
+
+    def commit(self, deliveries: Iterable[Delivery], timeout: float | None = 30.0) -> CommitOutcome:
+        """End deliveries that were trained on: acknowledge, remove and count them, all at once.
+
+        Safe to repeat. After it, the payloads may be freed (`CONSUME`) but for those that were refused.
+
+        Raises:
+            OldEpochError: the group has a newer epoch; nothing was committed.
+        """
+        return self._finish("trained", list(deliveries), timeout)
+
+    def discard(
+        self,
+        deliveries: Iterable[Delivery],
+        timeout: float | None = 30.0,
+        *,
+        counter: Literal["discarded", "too_old"] = "discarded",
+    ) -> CommitOutcome:
+        """End deliveries that will not be trained on, and count them as `counter`; else as `commit`."""
+        return self._finish(counter, list(deliveries), timeout)
+
+    def commit_trained(
+        self,
+        identities: Collection[str],
+        timeout: float | None = 30.0,
+        *,
+        counter: Literal["trained", "repeated"] = "trained",
+    ) -> list[RolloutEntry]:
+        """End payloads that weights were trained on in an earlier epoch of the group, whichever consumer
+        holds them; as `commit`.
+
+        What comes of them later, published again, is not handed out.
+
+        Args:
+            counter: what they are counted as; ``"repeated"`` for those that had been committed.
+
+        Returns:
+            The entries of those that had not been ended before, so that the payloads can be freed.
+        """
+        if not identities:
+            return []
+        what = "look up what was trained on"
+        found = self._run(what, scripts.ENTRIES, list(identities), Deadline.after(timeout))
+        self._end(counter, "", list(identities), timeout)
+        self._ledger.end(identities)
+        return [RolloutEntry.from_fields(paired(fields)) for fields in found]
+
+    def drop_trimmed(self, timeout: float | None = 30.0, *, held: bool = False) -> int:
+        """Count payloads whose entries another client removed from the stream, and forget them; returns how many.
+
+        Their producers publish such payloads again while they live: this is for those that are gone.
+
+        Args:
+            held: those too that this consumer was given, which a commit would end: at the end of a job.
+        """
+
+        def drop(client: RedisClient) -> int:
+            return int(scripts.DROP_TRIMMED.run(client, self._keys, self.consumer if held else ""))
+
+        what = "count what was removed from the stream"
+        return self._connection.call(what, self._healing(drop), Deadline.after(timeout))
 
     def _finish(self, counter: str, deliveries: list[Delivery], timeout: float | None) -> CommitOutcome:
         if not deliveries:
             return CommitOutcome((), (), ())
-        pairs = [(delivery.entry.identity, delivery.consumer) for delivery in deliveries]
-        codes = self._end_pairs(counter, pairs, timeout)
+        codes = self._end(counter, self.consumer, _identities(deliveries), timeout)
         outcome = CommitOutcome(
             ended=tuple(d for d, code in zip(deliveries, codes, strict=True) if code == _ENDED),
             unknown=tuple(d for d, code in zip(deliveries, codes, strict=True) if code == _NOT_THERE),
             refused=tuple(d for d, code in zip(deliveries, codes, strict=True) if code < _NOT_THERE),
         )
-        self._ledger.end(outcome.ended + outcome.unknown)
-        self._ledger.drop(outcome.refused)
+        self._ledger.end(_identities(outcome.ended + outcome.unknown))
+        self._ledger.drop(_identities(outcome.refused))
         return outcome
 
-    def _end_pairs(self, counter: str, pairs: list[tuple[str, str]], timeout: float | None) -> list[int]:
-        """The answer of the script for each (identity, consumer)."""
-        epoch: int | str = "" if self._epoch is None else self._epoch
+    def _end(self, counter: str, consumer: str, identities: list[str], timeout: float | None) -> list[int]:
+        """The answer of the script for each; `consumer` is the only one that may hold them, if it is not empty."""
+        epoch: int | str = "" if self.epoch is None else self.epoch
 
         def finish(client: RedisClient) -> Any:
-            reply = self._run_finish(client, counter, pairs, epoch)
-            if reply[0] == b"lost":
-                self._attach(client)
-                reply = self._run_finish(client, counter, pairs, epoch)
-            return reply
+            reply = scripts.FINISH.run(client, self._keys, epoch, counter, consumer, *identities)
+            if reply[0] != b"lost":
+                return reply
+            self._attach(client)
+            return scripts.FINISH.run(client, self._keys, epoch, counter, consumer, *identities)
 
-        status, answer = self._connection.call(
-            f"end {len(pairs)} deliveries as {counter}", self._healing(finish), self._deadline(timeout)
-        )
+        what = f"end {len(identities)} deliveries as {counter}"
+        status, answer = self._connection.call(what, self._healing(finish), Deadline.after(timeout))
         if status == b"old":
             raise OldEpochError(
                 f"the policy group has epoch {int(answer)}; {self.consumer} still has epoch {epoch}"
@@ -473,9 +383,36 @@ class RolloutConsumer(RolloutQueue):
             raise ControlPlaneError(f"the epoch of the policy group of job {self._keys.job} keeps being lost")
         return list(answer)
 
-    def _run_finish(
-        self, client: RedisClient, counter: str, pairs: list[tuple[str, str]], epoch: int | str
-    ) -> Any:
-        keys = [getattr(self._keys, name) for name in ("rollouts", "index", "group_epoch", "counters", "room")]
-        parts = [part for pair in pairs for part in pair]
-        return scripts.FINISH.run(client, keys, [GROUP, epoch, counter, *parts])
+    # --- epochs --------------------------------------------------------------------------------------------------
+
+    def begin_epoch(self, after: int = 0, timeout: float | None = 30.0) -> int:
+        """Begin a new epoch of the policy group, and of this consumer: commits under an older one are refused.
+
+        Args:
+            after: an epoch known from elsewhere that the new one must exceed.
+        """
+        reply = self._run("begin an epoch", scripts.BEGIN_EPOCH, [after], Deadline.after(timeout))
+        self.epoch = int(reply)
+        return self.epoch
+
+    def check_epoch(self, timeout: float | None = 30.0) -> None:
+        """Make sure that the group has no newer epoch.
+
+        Raises:
+            OldEpochError: it has a newer one.
+        """
+        self._end("trained", "", [], timeout)
+
+    def listed_work_items(self, timeout: float | None = 30.0) -> list[int]:
+        """The work item of every entry of the stream."""
+        work_items = self._run("list work items", scripts.LISTED_WORK_ITEMS, [], Deadline.after(timeout))
+        return [int(work_item) for work_item in work_items if work_item.isdigit()]
+
+    def raise_counters(self, least: Mapping[str, int], timeout: float | None = 30.0) -> None:
+        """Put counters that are lower, as after a restart of Redis, at what the caller knows."""
+        arguments = [part for counter in least.items() for part in counter]
+        self._run("raise counters", scripts.RAISE_COUNTERS, arguments, Deadline.after(timeout))
+
+
+def _identities(deliveries: Iterable[Delivery]) -> list[str]:
+    return [each.entry.identity for each in deliveries]

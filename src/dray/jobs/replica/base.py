@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dray.errors import ConfigError, ControlPlaneError, DrayError, OutputError
@@ -20,7 +20,6 @@ from dray.jobs.messages.channel import GroupLostError
 from dray.jobs.messages.controller_client import ControllerClient, ControllerLostError
 from dray.jobs.messages.models import MAX_SENTENCE, MembershipError, Role
 from dray.jobs.process import (
-    ShutdownStep,
     StopFlag,
     begin_process,
     closed_by_step,
@@ -32,7 +31,7 @@ from dray.jobs.process import (
     stop_on_signals,
 )
 from dray.jobs.queue import JobKeys, OldEpochError, RedisAddress, RedisConnection, RedisUnavailableError
-from dray.jobs.replica.heartbeat import Activity, EndBounds, Heartbeat
+from dray.jobs.replica.heartbeat import Activity, EndBounds, Heartbeat, Member
 from dray.jobs.replica.user_code import UserCodeError, described_error
 from dray.streams.registry import SCOPE_VARIABLE
 from dray.text import printable
@@ -41,6 +40,14 @@ _LOG = logging.getLogger("dray.jobs.replica.base")
 UNREGISTER_BOUND = 2.0
 _ANSWER_SHARE = 0.3
 """Of `timeouts.shutdown`: what a command may wait for a Redis that is stopped."""
+
+
+@dataclass(slots=True)
+class Unreported:
+    """Work items that were handed on, and failed attempts, of which the controller does not know yet."""
+
+    published: list[int] = field(default_factory=list)
+    failed: list[models.FailedAttempt] = field(default_factory=list)
 
 
 class Replica:
@@ -52,8 +59,7 @@ class Replica:
         bounds: of the waits of its end.
         leaving_reason: the reason that the controller gets when the replica leaves; by default why it was to stop.
         exit_code: with which it will end, as far as that is known.
-        published: work items whose trajectories were handed on and that were not reported to the controller yet.
-        failed_attempts: failed attempts at work items that were not reported to the controller yet.
+        unreported: what the controller gets with the next request for work, or when the replica leaves.
     """
 
     def __init__(self, spec: JobSpec, role: Role, index: int, stop: StopFlag) -> None:
@@ -61,21 +67,19 @@ class Replica:
         self.role = role
         self.index = index
         self.name = f"{role.value}-{index}"
-        self.incarnation = secrets.token_hex(8)
         self.stop = stop
         self.activity = Activity()
         self.bounds = EndBounds.of(spec.config.timeouts.shutdown)
         self.leaving_reason = ""
         self.exit_code = ExitCode.OK
-        self.published: list[int] = []
-        self.failed_attempts: list[models.FailedAttempt] = []
+        self.unreported = Unreported()
         self._left = False
         self._resources = ExitStack()
 
     def __enter__(self) -> Replica:
         config = self.spec.config
         with self._resources as starting:
-            self.client = starting.enter_context(
+            client = starting.enter_context(
                 ControllerClient.of_address_file(
                     self.spec.folder.controller_address,
                     self.spec.token,
@@ -83,24 +87,29 @@ class Replica:
                     hurried=self.bounds.answer,
                 )
             )
-            self.stop.on_set(self.client.hurry)
-            body = models.Register(name=self.name, incarnation=self.incarnation, role=self.role, pid=os.getpid())
+            self.stop.on_set(client.hurry)
+            self.member = Member(client, self.name)
             # The controller itself may be starting: it has the same time for that as every replica.
-            self.client.post("/register", body, models.Directive, config.timeouts.start)
+            self.member.post(
+                "/register",
+                models.Register,
+                models.Directive,
+                config.timeouts.start,
+                role=self.role,
+                pid=os.getpid(),
+            )
             starting.callback(self._unregister)
             heartbeat = Heartbeat(
-                self.client,
-                self.name,
-                self.incarnation,
+                self.member,
                 self.activity,
                 self.stop,
                 interval=config.controller.heartbeat_interval,
                 lost_after=config.timeouts.controller_lost,
-                grace=config.timeouts.shutdown,
                 bounds=self.bounds,
             )
-            last_beat = ShutdownStep("send the last heartbeat", "the controller", 2 * self.bounds.answer)
-            self.heartbeat = closed_by_step(starting, heartbeat, last_beat)
+            self.heartbeat = starting.enter_context(
+                closed_by_step(heartbeat, "send the last heartbeat", "the controller", 2 * self.bounds.answer)
+            )
             self.redis = starting.enter_context(
                 RedisConnection(
                     RedisAddress(self.spec.redis_url),
@@ -149,17 +158,18 @@ class Replica:
         if self._left or self.stop.exit_code in (ExitCode.CONTROLLER_LOST, ExitCode.NOT_A_MEMBER):
             return
         self._left = True
-        body = models.Unregister(
-            name=self.name,
-            incarnation=self.incarnation,
-            reason=printable(self.leaving_reason or self.stop.reason or "done", MAX_SENTENCE),
-            exit_code=self.exit_code,
-            published=self.published[: models.MAX_REPORTED],
-            failed=self.failed_attempts[: models.MAX_FAILED],
-        )
         try:
             with shutdown_step("unregister", "the controller", UNREGISTER_BOUND):
-                self.client.post("/unregister", body, models.Directive, timeout=UNREGISTER_BOUND)
+                self.member.post(
+                    "/unregister",
+                    models.Unregister,
+                    models.Directive,
+                    UNREGISTER_BOUND,
+                    reason=printable(self.leaving_reason or self.stop.reason or "done", MAX_SENTENCE),
+                    exit_code=self.exit_code,
+                    published=self.unreported.published[: models.MAX_REPORTED],
+                    failed=self.unreported.failed[: models.MAX_FAILED],
+                )
         except ControlPlaneError as error:
             _LOG.warning("could not unregister: %s", error)
 

@@ -32,11 +32,10 @@ class CheckpointState:
         committed: payloads whose commit was confirmed, those of weights that were lost in a crash included.
         unconfirmed: ``producer:sequence`` of each payload that the weights were trained on and whose commit was
             not confirmed; a policy that resumes from here commits these and does not train on them.
-        unfreed: likewise of each payload that was committed and whose producer has not confirmed that it is freed:
-            published again, after Redis was restarted empty, it would be taken for a new one.
+        unfreed: likewise of each payload that was committed and is not known to be freed: published again, after
+            Redis was restarted empty, it would be taken for a new one.
         ranks: how many policy replicas have written their part.
-        totals: further figures of the training that led to these weights, such as ``bytes`` and ``seconds``; they
-            continue from here when the policy is restarted or the run is resumed.
+        totals: further figures, such as ``bytes`` and ``seconds``, which continue from here.
     """
 
     step: int
@@ -124,11 +123,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, CheckpointState] | None:
 
 
 def check_checkpoint(place: Path) -> None:
-    """Make sure that no other user can have written anything of the checkpoint at `place`: a trainer may run it.
-
-    Raises:
-        ConfigError: a file or folder in it belongs to another user, or may be written by others.
-    """
+    """Refuse, with a `ConfigError`, what another user may have written at `place`: a trainer may run it."""
     check_own_tree(place, _KEY)
 
 
@@ -146,10 +141,9 @@ def _previous(folder: Path) -> Path:
 
 
 def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
+    for path in (*folder.rglob("*"), folder):
         if path.is_file() or path.is_dir():
             _sync(path)
-    _sync(folder)
 
 
 def _sync(path: Path) -> None:

@@ -13,19 +13,20 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.identifiers import PayloadId
-from dray.jobs.config import PolicyTable
+from dray.jobs.config import JobConfig
 from dray.jobs.files import read_private_file, write_json
-from dray.jobs.messages.models import PayloadPart, UnfinishedWork
-from dray.jobs.queue import CommitOutcome, Delivery, QueueStatistics, RolloutEntry
+from dray.jobs.messages.models import PartlyFinished, PayloadPart, UnfinishedWork
+from dray.jobs.queue import Delivery, RolloutConsumer, RolloutEntry
 from dray.jobs.replica.checkpoint import CheckpointState
-from dray.jobs.replica.staleness import StalenessWindow
+from dray.jobs.replica.heartbeat import Heartbeat
 
 _LOG = logging.getLogger("dray.jobs.replica.delivery")
 _CLAIM_INTERVAL = 2.0
@@ -145,54 +146,84 @@ class PayloadTracker:
             return [delivery for state in states for delivery in self._within[state].values()]
 
 
-# --- acting on it ------------------------------------------------------------------------------------------------
+# --- staleness ---------------------------------------------------------------------------------------------------
 
 
-class ReferenceQueue(Protocol):
-    """The part of `dray.jobs.queue.RolloutConsumer` that is used."""
+class StalenessWindow:
+    """Which work items' payloads a training step has to use so that none becomes too old.
 
-    @property
-    def epoch(self) -> int | None: ...
-    @property
-    def oldest_held(self) -> float | None: ...
-    def attach(self, timeout: float | None) -> object: ...
-    def begin_epoch(self, after: int, timeout: float | None) -> int: ...
-    def check_epoch(self, timeout: float | None) -> None: ...
-    def receive(self, count: int, timeout: float | None) -> list[Delivery]: ...
-    def claim_others(self, timeout: float | None) -> list[Delivery]: ...
-    def commit(self, deliveries: Iterable[Delivery], timeout: float | None) -> CommitOutcome: ...
-    def commit_trained(
-        self, identities: Collection[str], timeout: float | None, *, counter: Literal["trained", "repeated"]
-    ) -> list[RolloutEntry]: ...
-    def discard(
-        self, deliveries: Iterable[Delivery], timeout: float | None, *, counter: Literal["discarded", "too_old"]
-    ) -> CommitOutcome: ...
-    def take_dead_letters(self) -> list[RolloutEntry]: ...
-    def drop_trimmed(self, timeout: float | None, *, held: bool = False) -> int: ...
-    def listed_work_items(self, timeout: float | None) -> Collection[int]: ...
-    def raise_counters(self, values: Mapping[str, int], timeout: float | None) -> None: ...
-    def statistics(self, timeout: float | None) -> QueueStatistics: ...
+    With at most (s + 1) batches of work items under way, and each step using those with the lowest indices, no
+    payload is trained on by weights more than s versions newer than those it was made with: work item i is given
+    out when all but (s + 1) batches of those before it are finished and the weights trained on them are published,
+    and it is trained on when all before it are.
 
+    Args:
+        unfinished: the work items that were given out and are not finished.
+        following: index of the first one that was not given out.
+        payloads_each: how many payloads a work item has at least.
+    """
 
-class WorkReports(Protocol):
-    """What the controller is asked about work items, and what is reported to it."""
+    def __init__(self, unfinished: Iterable[int], following: int, payloads_each: int = 1) -> None:
+        self._unfinished = set(unfinished)
+        self._following = following
+        self._payloads_each = payloads_each
+        self._parts = PartlyFinished()
+        self._in_use: Counter[int] = Counter()  # payloads of a step that has begun, by work item
 
-    def unfinished(self) -> UnfinishedWork:
-        """The work items that are given out and not finished, by the controller's knowledge."""
-        ...
+    def last_due(self, count: int) -> int:
+        """The index of the last of the lowest unfinished work items that have `count` payloads together which are
+        neither finished nor used by a step that has begun."""
+        for index in sorted(self._unfinished):
+            count -= max(0, self._parts.remaining(index, self._payloads_each) - self._in_use[index])
+            if count <= 0:
+                return index
+        return self._following - (-count // self._payloads_each) - 1
 
-    def finished(self, work_items: Iterable[int]) -> None:
-        """These are trained on, or never will be."""
-        ...
+    def found(self, payloads: Iterable[PayloadPart]) -> None:
+        """These were received: they have the numbers of payloads of their work items."""
+        for index, _, parts in payloads:
+            if parts > 1 and (index in self._unfinished or index >= self._following):
+                self._parts.found(index, parts)
+
+    def begin(self, payloads: Iterable[PayloadPart]) -> None:
+        """A step on these payloads begins."""
+        for index, _, _ in payloads:
+            self._give_out(index + 1)
+            self._in_use[index] += 1
+
+    def finished(self, indices: Iterable[int]) -> None:
+        """These are trained on, or never will be; those that were not given out as far as known are now."""
+        for index in indices:
+            self._give_out(index + 1)
+            self._unfinished.discard(index)
+            self._parts.forget(index)
+            self._in_use.pop(index, None)
 
     def finished_payloads(self, payloads: Iterable[PayloadPart]) -> None:
-        """These payloads are trained on, or never will be."""
-        ...
+        """These payloads are trained on, or never will be; a work item is finished with the last of its own."""
+        for payload in payloads:
+            index = payload[0]
+            self._give_out(index + 1)
+            if self._in_use[index] > 1:
+                self._in_use[index] -= 1
+            else:
+                self._in_use.pop(index, None)
+            if index in self._unfinished and self._parts.finish(payload):
+                self.finished([index])
 
-    @property
-    def given_up(self) -> int:
-        """How many work items were given up so far: after failed rollouts, no payload of them comes."""
-        ...
+    def compare(self, unfinished: Iterable[int], following: int) -> None:
+        """The controller knows of no others that are `unfinished`, among those before `following`."""
+        self._give_out(following)
+        known = set(unfinished)
+        self.finished({index for index in self._unfinished if index < following} - known)
+
+    def _give_out(self, following: int) -> None:
+        """All before `following` were given out."""
+        self._unfinished.update(range(self._following, following))
+        self._following = max(self._following, following)
+
+
+# --- acting on it ------------------------------------------------------------------------------------------------
 
 
 class Deliveries:
@@ -201,17 +232,12 @@ class Deliveries:
     Args:
         queue: where references come from; its consumer has this epoch alone.
         free: has payloads freed at their producers, without waiting for it.
-        work: the controller's side of work items.
-        policy: the table of the job file.
+        work: reports ends to the controller, and asks it which work items are not finished.
         state: the checkpoint that the weights come from.
-        recorded: payloads that were committed before, according to the lines of the metrics.
+        recorded: payloads that were committed before, by the lines of the metrics.
         epoch_file: where the group's epoch is kept beside Redis.
         count: adds to a counter of the replica: `discarded`, `too_old` or `dead_letters`.
         ending: whether the replica must end.
-        in_order: payloads are used in the order of their work items.
-        payloads_each: how many payloads a work item has at least.
-        patience: seconds after which a payload that did not come is not waited for.
-        timeout: seconds for one call of the queue.
 
     Attributes:
         contributed: payloads that the weights are trained on.
@@ -221,41 +247,36 @@ class Deliveries:
 
     def __init__(
         self,
-        queue: ReferenceQueue,
+        queue: RolloutConsumer,
         free: Callable[[Sequence[RolloutEntry]], None],
-        work: WorkReports,
-        policy: PolicyTable,
+        work: Heartbeat,
+        config: JobConfig,
         state: CheckpointState,
         *,
         recorded: int,
         epoch_file: Path,
         count: Callable[[str, int], None],
         ending: Callable[[], bool],
-        in_order: bool,
-        payloads_each: int,
-        patience: float,
-        timeout: float,
         clock: Clock = MONOTONIC,
     ) -> None:
         self._queue = queue
         self._free = free
         self._work = work
-        self._policy = policy
+        self._config = config
         self._state = state
         self._recorded = recorded
         self._epoch_file = epoch_file
         self._count = count
         self._ending = ending
-        self._in_order = in_order
-        self._payloads_each = payloads_each
         self._given_up = 0
-        self._patience = patience
-        self._timeout = timeout
+        # Seconds for which a payload is waited for: the work item of a dead replica is given out again by then.
+        self._patience = 2 * config.controller.dead_after
+        self._timeout = config.timeouts.redis
         self._clock = clock
         self.payloads = PayloadTracker()
-        self._window: StalenessWindow | None = None
+        self._window: StalenessWindow  # since `open`
         self._window_lock = threading.Lock()
-        self._overdue = self._starving = Deadline.after(patience, clock)
+        self._overdue = self._starving = Deadline.after(self._patience, clock)
         self._next_claim = Deadline.after(_CLAIM_INTERVAL, clock)
         self._next_statistics = Deadline.after(0, clock)
         self.contributed = state.contributed
@@ -278,7 +299,10 @@ class Deliveries:
         self._free([*trained, *repeated])
         claimed = self.payloads.receive(self._queue.claim_others(self._timeout))
         self._count_rolled_back()
-        self._finish_ended()
+        known = self._unfinished()
+        self._window = StalenessWindow(known.unfinished, known.next, self._config.payloads_of_work_item)
+        self._window.finished_payloads(known.finished_parts)
+        self._finish_ended(known)
         self._end_dead_letters()
         if trained or claimed:
             words = "%d payloads that the checkpoint has are committed; %d others are delivered again"
@@ -313,23 +337,21 @@ class Deliveries:
         if self.committed or self.rolled_back:
             self._queue.raise_counters({"trained": self.committed, "rolled_back": self.rolled_back}, self._timeout)
 
-    def _finish_ended(self) -> None:
+    def _unfinished(self) -> UnfinishedWork:
+        """Ask the controller what is unfinished: it alone knows which work items were given up."""
+        self._given_up = self._work.given_up
+        return self._work.unfinished()
+
+    def _finish_ended(self, known: UnfinishedWork) -> None:
         """Finish work items that were published and are not in the stream: those of which no end was reported."""
-        known = self._compare_window()
         if known.published:
             listed = set(self._queue.listed_work_items(self._timeout))
             self._finish(index for index in known.published if index not in listed)
 
     def _compare_window(self) -> UnfinishedWork:
-        """Ask the controller what is unfinished: it alone knows which work items were given up."""
-        self._given_up = self._work.given_up
-        known = self._work.unfinished()
+        known = self._unfinished()
         with self._window_lock:
-            if self._window is None:
-                self._window = StalenessWindow(known.unfinished, known.next, self._payloads_each)
-                self._window.finished_payloads(known.finished_parts)
-            else:
-                self._window.compare(known.unfinished, known.next)
+            self._window.compare(known.unfinished, known.next)
         return known
 
     # --- receiving --------------------------------------------------------------------------------------------
@@ -345,7 +367,7 @@ class Deliveries:
             # A process of an earlier epoch that was paused in a call may have been given something since.
             self.payloads.receive(self._queue.claim_others(self._timeout))
             self._next_claim = Deadline.after(_CLAIM_INTERVAL, self._clock)
-        if self._in_order and self._given_up != self._work.given_up:
+        if self._config.in_order and self._given_up != self._work.given_up:
             self._compare_window()
         due = self._due(count)
         if not due:
@@ -354,7 +376,7 @@ class Deliveries:
             due = self._due(count)
             self._check_for_lost_entries(received)
         self._end_dead_letters()
-        most = self._policy.max_staleness
+        most = self._config.policy.max_staleness
         if most is None:
             return due
         old = [each for each in due if version - each.entry.weight_version > most]
@@ -364,12 +386,12 @@ class Deliveries:
     def _due(self, count: int) -> list[Delivery]:
         """Up to `count` of the payloads that were received which the next step may use."""
         found = self.payloads.within(PayloadState.RECEIVED)
-        if not self._in_order or self._window is None:
+        if not self._config.in_order:
             return found[:count]
         found.sort(key=lambda each: each.entry.work_item)
         with self._window_lock:
             self._window.found(_parts(found))
-            last = self._window.last_due(self._policy.batch_size)
+            last = self._window.last_due(self._config.policy.batch_size)
         due = [each for each in found if each.entry.work_item <= last][:count]
         if due:
             self._overdue = Deadline.after(self._patience, self._clock)
@@ -388,7 +410,7 @@ class Deliveries:
         elif self._starving.expired and not self._ending():
             self._starving = Deadline.after(self._patience, self._clock)
             self._queue.drop_trimmed(self._timeout)
-            self._finish_ended()
+            self._finish_ended(self._compare_window())
 
     # --- from reading to the end of each payload --------------------------------------------------------------
 
@@ -408,8 +430,7 @@ class Deliveries:
         """A training step on these begins."""
         self.payloads.apply(PayloadEvent.BEGIN, _ids(deliveries))
         with self._window_lock:
-            if self._window is not None:
-                self._window.begin(_parts(deliveries))
+            self._window.begin(_parts(deliveries))
 
     def trained(self, deliveries: Sequence[Delivery]) -> None:
         """The weights are trained on these; commit them now unless that waits for the checkpoint.
@@ -419,7 +440,7 @@ class Deliveries:
         """
         self.payloads.apply(PayloadEvent.TRAIN, _ids(deliveries))
         self.contributed += len(deliveries)
-        if self._policy.ack == "step":
+        if self._config.policy.ack == "step":
             self.commit()
 
     def commit(self) -> None:
@@ -449,25 +470,6 @@ class Deliveries:
         """Of the payloads that are done with, all but those in `waiting` are freed."""
         ended = _ids(self.payloads.within(*ENDED))
         self.payloads.apply(PayloadEvent.FREE, [each for each in ended if each not in waiting])
-
-    def check_epoch(self) -> None:
-        """Make sure that the group has no newer epoch.
-
-        Raises:
-            OldEpochError: it has one.
-            ControlPlaneError: Redis does not answer, or refuses.
-        """
-        self._queue.check_epoch(self._timeout)
-
-    @property
-    def oldest_held(self) -> float | None:
-        """Seconds since the oldest reference that is not acknowledged was received."""
-        return self._queue.oldest_held
-
-    @property
-    def epoch(self) -> int | None:
-        """The epoch of the group."""
-        return self._queue.epoch
 
     @property
     def unconfirmed(self) -> tuple[str, ...]:
@@ -509,7 +511,7 @@ class Deliveries:
         letters = self._queue.take_dead_letters()
         if letters:
             # They were not given to this consumer: they are tracked from here to their end.
-            self.payloads.receive(Delivery(each, "", 0, "") for each in letters)
+            self.payloads.receive(Delivery(each, 0, "") for each in letters)
             self.payloads.apply(PayloadEvent.GIVE_UP, [each.id for each in letters])
             self._end(letters, "dead_letters")
 
@@ -521,15 +523,13 @@ class Deliveries:
     def _finish_payloads(self, entries: Sequence[RolloutEntry]) -> None:
         payloads = [(each.work_item, each.part, each.parts) for each in entries]
         with self._window_lock:
-            if self._window is not None:
-                self._window.finished_payloads(payloads)
+            self._window.finished_payloads(payloads)
         self._work.finished_payloads(payloads)
 
     def _finish(self, work_items: Iterable[int]) -> None:
         indices = list(work_items)
         with self._window_lock:
-            if self._window is not None:
-                self._window.finished(indices)
+            self._window.finished(indices)
         self._work.finished(indices)
 
 

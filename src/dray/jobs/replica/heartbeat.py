@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
-from dray.clock import MONOTONIC, Deadline
+from dray.clock import MONOTONIC
 from dray.counters import Counters
 from dray.errors import ControlPlaneError
 from dray.jobs.exit_codes import ExitCode
@@ -48,6 +49,7 @@ class EndBounds:
     """Seconds of each wait.
 
     Attributes:
+        shutdown: all of `timeouts.shutdown`.
         answer: for one answer of the controller.
         serve: for payloads to be consumed, since it is known that the job ends.
         leave: for payloads to be consumed before the job ends.
@@ -55,6 +57,7 @@ class EndBounds:
         threads: for the server's threads after that.
     """
 
+    shutdown: float
     answer: float
     serve: float
     leave: float
@@ -65,6 +68,7 @@ class EndBounds:
     def of(cls, shutdown: float) -> EndBounds:
         """Those for `shutdown` seconds of `timeouts.shutdown`."""
         return cls(
+            shutdown=shutdown,
             answer=min(MAX_ANSWER, ANSWER_PART * shutdown),
             serve=SERVE_PART * shutdown,
             leave=LEAVE_PART * shutdown,
@@ -77,10 +81,31 @@ class EndBounds:
         """Seconds that closing the payload server takes."""
         return self.transfers + self.threads
 
-    @property
-    def ended_rollout(self) -> float:
-        """Seconds that all waits of a rollout replica together take once it is ended."""
-        return self.serve + self.close + 3 * self.answer
+
+# --- member ------------------------------------------------------------------------------------------------------
+
+_Reply = TypeVar("_Reply", bound=models.Message)
+
+
+class Member:
+    """A replica as the controller knows it: its calls carry its name and which process of that name it is."""
+
+    def __init__(self, client: ControllerClient, name: str) -> None:
+        self.client = client
+        self.name = name
+        self.incarnation = secrets.token_hex(8)
+
+    def post(
+        self,
+        path: str,
+        body: Callable[..., models.Caller],
+        reply: type[_Reply],
+        timeout: float | None = None,
+        **fields: object,
+    ) -> _Reply:
+        """The controller's answer to a `body` with these `fields`; errors as of `ControllerClient.post`."""
+        message = body(name=self.name, incarnation=self.incarnation, **fields)
+        return self.client.post(path, message, reply, timeout)
 
 
 # --- heartbeat ---------------------------------------------------------------------------------------------------
@@ -127,11 +152,16 @@ class Activity:
 
     def show(self, name: str, value: float | str) -> None:
         """Put the newest `value` of a gauge or a label on the status page; an empty label is left out."""
+        self.show_all({name: value})
+
+    def show_all(self, values: Mapping[str, float | str]) -> None:
+        """As `show`, for several."""
         with self._lock:
-            if not isinstance(value, str):
-                self._values[name] = float(value)
-            elif value:
-                self._labels[name] = value
+            for name, value in values.items():
+                if not isinstance(value, str):
+                    self._values[name] = float(value)
+                elif value:
+                    self._labels[name] = value
 
     def show_metrics(self, metrics: Mapping[str, float]) -> None:
         """Put the newest values of the user's `metrics` on the status page.
@@ -175,7 +205,7 @@ class Heartbeat(Closing):
     It sets `stop` when the controller answers that the job ends (then `job_over` is set, too, and `unread` once no
     policy replica is left to read payloads), when it no longer counts the replica as a member, and when it has not
     answered for `lost_after` seconds. In the last two cases it ends the process by itself if the main thread does
-    not do so within `grace` seconds.
+    not do so within `timeouts.shutdown`.
 
     Attributes:
         over_at: since when the job ends, on the clock of this process: the controller has answered so, or does not
@@ -185,15 +215,12 @@ class Heartbeat(Closing):
 
     def __init__(
         self,
-        client: ControllerClient,
-        name: str,
-        incarnation: str,
+        member: Member,
         activity: Activity,
         stop: StopFlag,
         *,
         interval: float,
         lost_after: float,
-        grace: float,
         bounds: EndBounds,
     ) -> None:
         self.over_at: float | None = None
@@ -202,14 +229,11 @@ class Heartbeat(Closing):
         self.unread = threading.Event()
         self._watching_readers = False
         self._silent = False
-        self._client = client
-        self._name = name
-        self._incarnation = incarnation
+        self._member = member
         self._activity = activity
         self._stop = stop
         self._interval = interval
         self._lost_after = lost_after
-        self._grace = grace
         self._bounds = bounds
         self._lock = threading.Lock()
         self._finished: list[int] = []
@@ -218,6 +242,18 @@ class Heartbeat(Closing):
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
+
+    def follow(self, answer: models.Directive) -> None:
+        """Stop the replica if the controller has answered, to this or another request, that the job ends."""
+        if answer.stop:
+            if not self.job_over.is_set():
+                self.over_at = MONOTONIC.now()
+            self.job_over.set()
+            self._stop.set(f"the job is {answer.phase.value}")
+
+    def unfinished(self) -> models.UnfinishedWork:
+        """The work items that are given out and not finished, by the controller's knowledge."""
+        return self._member.post("/under-way", models.Caller, models.UnfinishedWork)
 
     def finished(self, indices: Iterable[int]) -> None:
         """Report, at once, work items whose trajectories are trained on, lost or discarded."""
@@ -232,10 +268,6 @@ class Heartbeat(Closing):
         with self._lock:
             self._finished.extend(index for index, _, parts in found if parts == 1)
             self._finished_parts.extend(each for each in found if each[2] > 1)
-        self._wake.set()
-
-    def beat_now(self) -> None:
-        """Do not wait for the end of the interval."""
         self._wake.set()
 
     def watch_readers(self) -> None:
@@ -286,7 +318,7 @@ class Heartbeat(Closing):
     def _note_silence(self) -> None:
         if self._stop.is_set and self.over_at is None:
             self.over_at = MONOTONIC.now() - self._stop.since
-        if self._client.refused:
+        if self._member.client.refused:
             self.unread.set()
 
     @property
@@ -299,41 +331,35 @@ class Heartbeat(Closing):
     def _beat(self) -> None:
         with self._lock:
             # What is more comes with the next one, at once.
-            finished, self._finished = self._finished[: models.MAX_REPORTED], self._finished[models.MAX_REPORTED :]
-            parts, self._finished_parts = (
-                self._finished_parts[: models.MAX_REPORTED],
-                self._finished_parts[models.MAX_REPORTED :],
-            )
+            finished, parts = self._finished[: models.MAX_REPORTED], self._finished_parts[: models.MAX_REPORTED]
+            del self._finished[: len(finished)], self._finished_parts[: len(parts)]
             if self._finished or self._finished_parts:
                 self._wake.set()
-        body = models.Heartbeat(
-            name=self._name,
-            incarnation=self._incarnation,
-            progress=self._activity.report(),
-            finished=finished,
-            finished_parts=parts,
-            until_unread=self._until_unread,
-        )
         try:
-            answer = self._client.post("/heartbeat", body, models.Directive, self._attempt)
+            answer = self._member.post(
+                "/heartbeat",
+                models.Heartbeat,
+                models.Directive,
+                self._attempt,
+                progress=self._activity.report(),
+                finished=finished,
+                finished_parts=parts,
+                until_unread=self._until_unread,
+            )
         except ControllerLostError:
             with self._lock:
                 self._finished[:0] = finished
                 self._finished_parts[:0] = parts
             raise
         self.given_up = answer.given_up
-        if answer.stop:
-            if not self.job_over.is_set():
-                self.over_at = MONOTONIC.now()
-            self.job_over.set()
-            self._stop.set(f"the job is {answer.phase.value}")
-            if not answer.readers:
-                self.unread.set()
+        self.follow(answer)
+        if answer.stop and not answer.readers:
+            self.unread.set()
 
     def _fatal(self, reason: str, exit_code: ExitCode) -> None:
         self._stop.set(reason, exit_code)
-        bound = Deadline.after(self._grace)
-        if not self._closed.wait(bound.timeout):
-            _LOG.error("the main thread did not end within %.1f s; stacks follow", self._grace)
+        grace = self._bounds.shutdown
+        if not self._closed.wait(grace):
+            _LOG.error("the main thread did not end within %.1f s; stacks follow", grace)
             faulthandler.dump_traceback(all_threads=True)
             exit_at_once(exit_code)

@@ -113,8 +113,6 @@ def _read(path: Path) -> list[tuple[dict[str, Any], str]]:
 
 # --- stop condition ----------------------------------------------------------------------------------------------
 
-# Whether a training step meets `[stop]`, and whether `stop.metric` names a metric at all. No I/O.
-#
 # A step may return no value of a metric that a later step returns, such as an evaluation every ten steps. So its
 # absence alone is no error. It is one if the name is nearly that of a metric which the step did return, and no
 # step so far has returned the metric itself.
@@ -128,7 +126,6 @@ MISSPELLING_RATIO = 0.8
 _MAX_NAMES = 10
 _MAX_NAME = 60
 _DIGITS = re.compile(r"\d+")
-_SEPARATORS = re.compile(r"[\W_]+")
 
 
 class StopMetricError(ConfigError):
@@ -231,4 +228,4 @@ def listed(names: list[str]) -> str:
 
 def _plain(name: str) -> str:
     """`name` without what people mix up: case, and which characters separate words."""
-    return _SEPARATORS.sub("_", name.casefold())
+    return re.sub(r"[\W_]+", "_", name.casefold())

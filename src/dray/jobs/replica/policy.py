@@ -1,7 +1,6 @@
 """The policy replica: collects a batch of payloads, runs the user's trainer, commits, publishes new weights.
 
-Of several policy replicas the first does all this, and commands the others to read and to train: see
-`policy_rank`.
+Of several policy replicas the first does all this, and commands the others to read and to train: see `ranks`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import logging
 import math
 import socket
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import finite
 from dray.jobs.messages import models
 from dray.jobs.messages.channel import GroupLostError, MessageChannel
-from dray.jobs.messages.models import OutcomeKind, PayloadPart, RankCommand, Role
+from dray.jobs.messages.models import OutcomeKind, RankCommand, Role
 from dray.jobs.process import leave, shutdown_step
 from dray.jobs.queue import RedisUnavailableError, RolloutConsumer
 from dray.jobs.replica.base import Replica, run_replica, stop_code
@@ -38,11 +37,9 @@ from dray.jobs.replica.checkpoint import (
 from dray.jobs.replica.delivery import Deliveries
 from dray.jobs.replica.entry_points import load_entry_point
 from dray.jobs.replica.metrics import MEAN_RETURN, MetricsLog, StopCondition, StopMetricError
-from dray.jobs.replica.ranks import Batch, Ranks, RankWorker
+from dray.jobs.replica.ranks import Batch, KeptArrays, Ranks, RankWorker
 from dray.jobs.replica.read_ahead import ReadAhead
-from dray.jobs.replica.redis_transfer import redis_policy_ends
-from dray.jobs.replica.ring_transfer import rank_reader, ring_policy_ends
-from dray.jobs.replica.transfer import PolicyEnds, TrajectoryReader, WeightsPublisher
+from dray.jobs.replica.transfer import TrajectoryReader, WeightsPublisher, policy_ends, rank_reader
 from dray.jobs.replica.user_code import (
     UserCodeError,
     call_user,
@@ -90,16 +87,15 @@ def work(restarts: int, descriptors: Sequence[int], replica: Replica) -> ExitCod
             share=partial(_shared_by, channels[0]) if ranks is None else ranks.share,
         )
         replica.activity.doing("importing the trainer")
-        trainer_class = load_entry_point("policy.trainer", config.policy.trainer, replica.spec.job_file.parent)
-        trainer: PolicyTrainer = make_user_object(trainer_class)
+        found = load_entry_point("policy.trainer", config.policy.trainer, replica.spec.job_file.parent)
+        trainer: PolicyTrainer = make_user_object(found)
         call_user(trainer, "setup", replica.context(dict(config.policy.args), group))
         if ranks is None:
             reader = opened.enter_context(rank_reader(replica))
             replica.stop.disposable = False
-            return RankWorker(replica, trainer, channels[0], reader).run()
-        inline = config.job.transfer == "inline"
-        ends: PolicyEnds = redis_policy_ends(replica) if inline else ring_policy_ends(replica)
-        trajectories, weights = opened.enter_context(ends)
+            timeout = config.timeouts.read
+            return RankWorker(trainer, channels[0], reader, replica.activity, timeout=timeout).run()
+        trajectories, weights = opened.enter_context(policy_ends(replica))
         log = opened.enter_context(MetricsLog(replica.spec.folder.metrics))
         return Training(replica, trainer, ranks, trajectories, weights, log).run(
             may_load=replica.spec.resume or restarts > 0
@@ -112,31 +108,10 @@ def _leave_at_once(replica: Replica, _: object, error: BaseException | None, __:
 
 
 def _shared_by(channel: MessageChannel, _text: str | None) -> str:
-    order = channel.receive(RankCommand)
-    if order.what != "share":
+    command = channel.receive(RankCommand)
+    if command.what != "share":
         raise GroupLostError(f"{channel.peer} sent another command while this rank waited for a shared text")
-    return order.text
-
-
-class _Controller:
-    """The controller, as far as work items go."""
-
-    def __init__(self, replica: Replica) -> None:
-        self._replica = replica
-
-    def unfinished(self) -> models.UnfinishedWork:
-        caller = models.Caller(name=self._replica.name, incarnation=self._replica.incarnation)
-        return self._replica.client.post("/under-way", caller, models.UnfinishedWork)
-
-    def finished(self, work_items: Iterable[int]) -> None:
-        self._replica.heartbeat.finished(work_items)
-
-    def finished_payloads(self, payloads: Iterable[PayloadPart]) -> None:
-        self._replica.heartbeat.finished_payloads(payloads)
-
-    @property
-    def given_up(self) -> int:
-        return self._replica.heartbeat.given_up
+    return command.text
 
 
 class Training:
@@ -170,6 +145,7 @@ class Training:
         self._stop_condition = StopCondition(self._config.stop, self._config.policy.checkpoint_every)
         self._mistake = ""
         self._not_finite: set[str] = set()
+        self._kept = KeptArrays(replica.activity.warn)
 
     def run(self, *, may_load: bool) -> ExitCode:
         """Train until the job is solved, `max_steps` are done, or the replica must stop.
@@ -185,7 +161,7 @@ class Training:
         if found is not None:
             record_committed(*found, self._deliveries.committed)
         self._log.cut(self._step)
-        self._replica.activity.show_ages(lambda: {"reference": self._deliveries.oldest_held})
+        self._replica.activity.show_ages(lambda: {"reference": self._queue.oldest_held})
         self._publish_weights()
         try:
             solved = self._train_until_stopped()
@@ -223,9 +199,7 @@ class Training:
         activity = self._replica.activity
         activity.counters.add_all({name: self._earlier[name] for name in _COUNTERS if self._earlier[name]})
         activity.counters.add("payloads", state.contributed)
-        shown = {"step": self._step, "staleness_max": self._oldest, **self._read_statistics()}
-        for name, value in shown.items():
-            activity.show(name, float(value))
+        activity.show_all({"step": self._step, "staleness_max": self._oldest, **self._read_statistics()})
 
     def _read_statistics(self) -> dict[str, float]:
         """The reader's statistics, which continue from those of the checkpoint."""
@@ -240,28 +214,24 @@ class Training:
     def _open_deliveries(self, state: CheckpointState, recorded: int) -> Deliveries:
         """Begin an epoch of the group, in which a payload is committed or refused from now on."""
         replica, config = self._replica, self._config
-        queue = RolloutConsumer(
+        self._queue = RolloutConsumer(
             replica.redis,
             replica.keys,
             # A name for this epoch alone: an earlier one that wakes is given nothing that would be taken for ours.
-            f"{replica.name}.{replica.incarnation}",
+            f"{replica.name}.{replica.member.incarnation}",
             max_deliveries=config.policy.max_deliveries,
             remembered=max(65536, config.rollout.slots * config.rollout.replicas),
         )
         deliveries = Deliveries(
-            queue,
+            self._queue,
             self._reader.consume,
-            _Controller(replica),
-            config.policy,
+            replica.heartbeat,
+            config,
             state,
             recorded=recorded,
             epoch_file=replica.spec.folder.group_epoch,
             count=replica.activity.counters.add,
             ending=lambda: replica.stop.is_set,
-            in_order=config.in_order,
-            payloads_each=config.payloads_of_work_item,
-            patience=2 * config.controller.dead_after,  # a work item whose replica has died is given out by then
-            timeout=config.timeouts.redis,
         )
         replica.stop.disposable = False
         deliveries.open()
@@ -296,11 +266,12 @@ class Training:
         def show(missing: int) -> None:
             activity.waits(f"{missing} of {size} payloads", "the rollout replicas")
 
-        def restore() -> None:
+        def on_slice() -> None:
             if not self._replica.stop.is_set:
                 self._weights.restore()
+                self._kept.check()
 
-        while (batch := self._ahead.wait(show, restore)) is not None:
+        while (batch := self._ahead.wait(show, on_slice)) is not None:
             reading = Stopwatch()
             activity.doing(f"reading {size} payloads")
             self._ranks.read(batch.by_part())
@@ -317,10 +288,11 @@ class Training:
         activity = self._replica.activity
         activity.doing(f"training step {self._step + 1}")
         began = MONOTONIC.now()
-        trajectories = [batch.trajectories.pop(each.entry.id) for each in batch.part(0)]
+        trajectories = [batch.trajectories.pop(each.entry.id) for each in batch.by_part()[0]]
         self._next_work_item = max(self._next_work_item, *(each.entry.work_item + 1 for each in batch.deliveries))
         mean_return = _mean_return(trajectories)
         self._ranks.train(batch, self._ahead.known())
+        self._kept.lend(trajectories)
         metrics = self._train_step(trajectories)
         if self._config.policy.replicas > 1:
             activity.waits("the end of their training step", "the other policy replicas")
@@ -332,6 +304,7 @@ class Training:
         self._version += 1
         # The payloads are freed below, and with them the arrays of the batch.
         trajectories.clear()
+        self._kept.check()
         activity.waits("the commit", "Redis")
         try:
             self._deliveries.trained(batch.deliveries)
@@ -341,7 +314,7 @@ class Training:
             raise
         self._record(batch, metrics, mean_return, ages, trained - began)
         self._deliveries.freed(frozenset(self._reader.unfreed()))
-        self._show_stream()
+        activity.show_all(self._deliveries.statistics())
         self._publish_weights()
         self._deliveries.finished(batch.deliveries)
         solved = self._stop_condition.judge(self._step, metrics, mean_return)
@@ -366,7 +339,7 @@ class Training:
         self._ranks.weights()
         arrays = returned_arrays(self._trainer, "weights", call_user(self._trainer, "weights"))
         with carried(self._trainer, "weights"):
-            self._weights.publish(arrays, self._version, self._deliveries.epoch)
+            self._weights.publish(arrays, self._version, self._queue.epoch)
 
     def _record(
         self,
@@ -378,22 +351,13 @@ class Training:
     ) -> None:
         """Write the step's line, and show its figures."""
         activity, statistics = self._replica.activity, self._read_statistics()
-        activity.counters.add_all(
-            {
-                "payloads": len(batch.deliveries),
-                "waited_seconds": batch.waited,
-                "read_seconds": batch.reading,
-                "train_seconds": training,
-            }
-        )
+        seconds = {"waited_seconds": batch.waited, "read_seconds": batch.reading, "train_seconds": training}
+        activity.counters.add_all({"payloads": len(batch.deliveries), **seconds})
         staleness = float(np.mean(ages))
         self._oldest = max(self._oldest, *ages)
-        shown = {"step": self._step, "staleness": staleness, "staleness_max": self._oldest}
         own = {} if mean_return is None else {MEAN_RETURN: mean_return}
-        for name, value in {**shown, **own, **statistics}.items():
-            activity.show(name, float(value))
-        activity.show("transfer", self._reader.transfer)
-        activity.show("lane", self._reader.lane)
+        activity.show_all({"step": self._step, "staleness": staleness, "staleness_max": self._oldest})
+        activity.show_all({**own, **statistics, "transfer": self._reader.transfer, "lane": self._reader.lane})
         activity.show_metrics(metrics)
         self._warn_of_not_finite({f"the metric {name!r} of train_step": value for name, value in metrics.items()})
         self._warn_of_not_finite({f"{name}, the mean sum of rewards,": value for name, value in own.items()})
@@ -405,9 +369,7 @@ class Training:
             "bytes": int(statistics.get("bytes", 0)),
             "staleness_mean": staleness,
             "staleness_max": max(ages),
-            "waited_seconds": round(batch.waited, 4),
-            "read_seconds": round(batch.reading, 4),
-            "train_seconds": round(training, 4),
+            **{name: round(value, 4) for name, value in seconds.items()},
             **finite(own),
             "metrics": finite(metrics),
         }
@@ -429,7 +391,7 @@ class Training:
             return
         self._replica.activity.doing("writing a checkpoint")
         try:
-            self._deliveries.check_epoch()
+            self._queue.check_epoch(self._config.timeouts.redis)
         except RedisUnavailableError as error:
             _LOG.warning(
                 "writing a checkpoint although it is unknown whether the group has a newer epoch: %s", error
@@ -458,15 +420,10 @@ class Training:
         save_into(self._trainer, folder)
         self._ranks.wait()
 
-    def _show_stream(self, *, now: bool = False) -> None:
-        for name, value in self._deliveries.statistics(now=now).items():
-            self._replica.activity.show(name, float(value))
-
     def _show_last(self) -> None:
-        for name, value in self._read_statistics().items():
-            self._replica.activity.show(name, float(value))
+        self._replica.activity.show_all(self._read_statistics())
         try:
-            self._show_stream(now=True)
+            self._replica.activity.show_all(self._deliveries.statistics(now=True))
         except ControlPlaneError as error:
             _LOG.warning("the last figures of the stream are missing: %s", error)
 
@@ -479,14 +436,14 @@ class Training:
             self._save(str(kind) if code is ExitCode.OK else "")
         self._show_last()
         if kind is not None:
-            body = models.Finish(
-                name=self._replica.name,
-                incarnation=self._replica.incarnation,
-                kind=kind,
-                reason=printable(reason, models.MAX_SENTENCE),
-            )
             with shutdown_step("report the outcome", "the controller", timeouts.http):
-                self._replica.client.post("/finish", body, models.Directive)
+                self._replica.member.post(
+                    "/finish",
+                    models.Finish,
+                    models.Directive,
+                    kind=kind,
+                    reason=printable(reason, models.MAX_SENTENCE),
+                )
         self._replica.leaving_reason = reason
         self._ranks.end()
         return code

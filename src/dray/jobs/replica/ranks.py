@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import gc
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
+
+from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import DrayError, OutOfResources, StaleSlotError
 from dray.identifiers import PayloadId
 from dray.jobs.api import PolicyTrainer, Trajectory
@@ -15,12 +20,17 @@ from dray.jobs.files import FOLDER_MODE
 from dray.jobs.messages.channel import GroupLostError, MessageChannel
 from dray.jobs.messages.models import RankCommand, RankReply
 from dray.jobs.queue import Delivery
-from dray.jobs.replica.base import Replica
 from dray.jobs.replica.checkpoint import trainer_folder
+from dray.jobs.replica.heartbeat import Activity
 from dray.jobs.replica.user_code import UserCodeError, call_user, decoded_metadata, save_into
 from dray.payload import Arrays
 from dray.prefetch import BatchReader, Fetched
 from dray.protocol import PayloadRef
+
+_CHECK_PAUSE = 10.0
+"""Seconds between two checks for arrays that a trainer keeps: each may collect garbage, which takes time."""
+
+_MAX_NAMED = 5
 
 # --- batch -------------------------------------------------------------------------------------------------------
 
@@ -52,7 +62,7 @@ class Batch:
 
     @property
     def missing(self) -> int:
-        """How many payloads are yet to be read."""
+        """How many payloads are not read yet."""
         return self.size - sum(map(len, self._read))
 
     @property
@@ -60,12 +70,8 @@ class Batch:
         """Everything that was read."""
         return [delivery for part in self._read for delivery in part]
 
-    def part(self, index: int) -> list[Delivery]:
-        """What was read of one part, in order."""
-        return self._read[index]
-
     def by_part(self) -> list[list[Delivery]]:
-        """What was read, by part."""
+        """What was read, by part, in order."""
         return [list(part) for part in self._read]
 
     def remove(self, keys: Collection[str]) -> list[Delivery]:
@@ -144,8 +150,10 @@ class Ranks:
     def train(self, batch: Batch, ahead: Sequence[Sequence[Delivery]]) -> None:
         """Let each rank train on its part of `batch`, and meanwhile read what is known of the one after it."""
 
+        parts = batch.by_part()
+
         def command(rank: int) -> RankCommand:
-            identities = [delivery.entry.identity for delivery in batch.part(rank // self._readers)]
+            identities = [delivery.entry.identity for delivery in parts[rank // self._readers]]
             return RankCommand(what="train", identities=identities, **self._references(ahead, rank))
 
         self._send(command)
@@ -187,6 +195,72 @@ class Ranks:
             channel.send(command(rank))
 
 
+# --- arrays that a trainer keeps ---------------------------------------------------------------------------------
+
+
+class KeptArrays:
+    """Warns of a trainer that keeps arrays of payloads beyond its step: those in place keep their slots leased.
+
+    There is one warning, and another one each time that twice as many payloads are kept.
+
+    Args:
+        warn: called with a line for the user.
+    """
+
+    def __init__(self, warn: Callable[[str], None], clock: Clock = MONOTONIC) -> None:
+        self._warn = warn
+        self._clock = clock
+        self._lent: list[_LentPayload] = []
+        self._reported = 0
+        self._next_check = Deadline.after(0, clock)
+
+    def lend(self, trajectories: Iterable[Trajectory]) -> None:
+        """A step begins that is given these."""
+        for each in trajectories:
+            # All arrays in place of a payload, and views of them, have one base: its bytes in the slot, read-only.
+            arrays = {name: array for name, array in each.arrays.items() if not array.flags.writeable}
+            base = next((array.base for array in arrays.values() if isinstance(array.base, np.ndarray)), None)
+            if base is not None:
+                names = {name: weakref.ref(array) for name, array in arrays.items()}
+                self._lent.append(_LentPayload(weakref.ref(base), each.work_item, names))
+
+    def check(self) -> None:
+        """No step is under way: what it was given should be gone."""
+        if self._is_news() and self._next_check.expired:
+            gc.collect()  # an array in a reference cycle is not kept, and is gone now
+            self._next_check = Deadline.after(_CHECK_PAUSE, self._clock)
+            if self._is_news():
+                self._reported = len(self._lent)
+                self._warn(self._described())
+
+    def _is_news(self) -> bool:
+        self._lent = [each for each in self._lent if each.base() is not None]
+        return len(self._lent) >= max(1, 2 * self._reported)
+
+    def _described(self) -> str:
+        items = sorted({each.work_item for each in self._lent})
+        names = sorted({name for each in self._lent for name, array in each.arrays.items() if array() is not None})
+        what = f"arrays {_some(map(repr, names))}" if names else "views of arrays"
+        payloads = "1 payload" if len(self._lent) == 1 else f"{len(self._lent)} payloads"
+        named = f"work item{'s' if len(items) > 1 else ''} {_some(map(str, items))}"
+        return (
+            f"the trainer keeps {what} of {payloads} ({named}) after train_step: their slots stay leased, and "
+            "rollout replicas wait when no slot is left; copy what is kept, or set policy.in_place = false"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _LentPayload:
+    base: weakref.ref[np.ndarray]
+    work_item: int
+    arrays: Mapping[str, weakref.ref[np.ndarray]]
+
+
+def _some(words: Iterable[str]) -> str:
+    every = list(words)
+    return ", ".join(every[:_MAX_NAMED]) + (" …" if len(every) > _MAX_NAMED else "")
+
+
 # --- rank worker -------------------------------------------------------------------------------------------------
 
 
@@ -194,16 +268,27 @@ class RankWorker:
     """Carries out the commands of the first rank until the command to end.
 
     It does not end by itself when the job does: it would be missing in the first rank's last step.
+
+    Args:
+        channel: to the first rank.
+        timeout: seconds for reading a batch.
     """
 
     def __init__(
-        self, replica: Replica, trainer: PolicyTrainer, channel: MessageChannel, reader: BatchReader
+        self,
+        trainer: PolicyTrainer,
+        channel: MessageChannel,
+        reader: BatchReader,
+        activity: Activity,
+        *,
+        timeout: float,
     ) -> None:
-        self._replica = replica
         self._trainer = trainer
         self._channel = channel
         self._reader = reader
-        self._timeout = replica.spec.config.timeouts.read
+        self._activity = activity
+        self._timeout = timeout
+        self._kept = KeptArrays(activity.warn)
         self._found: dict[str, Arrays | DrayError] = {}  # what was read, by the payload's key
         self._about: dict[str, tuple[int, int, str]] = {}  # version of the weights, work item, metadata
 
@@ -213,13 +298,12 @@ class RankWorker:
         Raises:
             GroupLostError: the first rank is gone.
         """
-        activity = self._replica.activity
         while True:
-            activity.waits("its commands", self._channel.peer)
+            self._activity.waits("its commands", self._channel.peer)
             command = self._channel.receive(RankCommand)
             if command.what == "end":
                 return ExitCode.OK
-            activity.doing(f"{command.what}, commanded by {self._channel.peer}")
+            self._activity.doing(f"{command.what}, commanded by {self._channel.peer}")
             try:
                 reply = self._carry_out(command)
             except UserCodeError as error:
@@ -266,17 +350,21 @@ class RankWorker:
         return RankReply(failed=failed)
 
     def _train(self, command: RankCommand) -> RankReply:
-        trajectories = []
-        for identity in command.identities:
-            version, work_item, metadata = self._about[identity]
-            arrays = cast(Arrays, self._found[identity])
-            trajectories.append(Trajectory(arrays, version, work_item, decoded_metadata(metadata)))
+        trajectories = [self._trajectory(identity) for identity in command.identities]
         self._found.clear()
         self._about.clear()
         self._reader.start(self._references(command), timeout=self._timeout)
+        self._kept.lend(trajectories)
         call_user(self._trainer, "train_step", trajectories)
-        self._replica.activity.counters.add_all({"payloads_read": len(trajectories), "steps": 1})
+        trajectories.clear()
+        self._kept.check()
+        self._activity.counters.add_all({"payloads_read": len(command.identities), "steps": 1})
         return RankReply()
+
+    def _trajectory(self, identity: str) -> Trajectory:
+        version, work_item, metadata = self._about[identity]
+        arrays = cast(Arrays, self._found[identity])
+        return Trajectory(arrays, version, work_item, decoded_metadata(metadata))
 
     def _references(self, command: RankCommand) -> list[PayloadRef]:
         references = [PayloadRef.from_json(text) for text in command.references]

@@ -13,8 +13,8 @@ from dray.jobs.api import Trajectory
 from dray.jobs.queue import Delivery
 from dray.jobs.replica.delivery import Deliveries
 from dray.jobs.replica.ranks import Batch, Failure
-from dray.jobs.replica.transfer import Arrays
 from dray.jobs.replica.user_code import decoded_metadata
+from dray.payload import Arrays
 from dray.resources import Closing
 
 _LOG = logging.getLogger("dray.jobs.replica.read_ahead")
@@ -30,10 +30,6 @@ class ReadAhead(Closing):
     The first rank's part of the batch is read there. Other ranks read their parts themselves.
 
     Args:
-        deliveries: where payloads come from.
-        read: reads payloads.
-        batch_size: payloads of a batch.
-        parts: parts of a batch.
         version: of the weights that the first batch trains.
         count: adds to a counter of the replica, by name.
         ending: whether the replica must end.

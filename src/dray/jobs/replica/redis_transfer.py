@@ -1,4 +1,7 @@
-"""``transfer = "inline"``: payloads and weights lie in Redis itself, for comparison with references."""
+"""``transfer = "inline"``: payloads and weights lie in Redis itself, for comparison with references.
+
+The classes have the methods of those in `ring_transfer`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import base64
 import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Final
 
 from dray.clock import Deadline
+from dray.counters import Counters
 from dray.errors import DrayError, PayloadFormatError, PayloadTooLargeError
 from dray.identifiers import PayloadId
+from dray.jobs.process import StopFlag
 from dray.jobs.queue import (
     BacklogFullError,
     ControlPlaneStopped,
@@ -22,66 +27,43 @@ from dray.jobs.queue import (
     StreamLostError,
     WeightsChannel,
 )
-from dray.jobs.replica.base import Replica
-from dray.jobs.replica.transfer import Arrays
-from dray.payload import plan, unpack
+from dray.jobs.replica.user_code import RolloutPayload
+from dray.payload import Arrays, plan, unpack
 
-_SLICE = 0.5
 _CHECK_INTERVAL = 2.0
 
 MAX_PAYLOAD: Final = 380 << 20
 """Bytes of a payload: Redis takes 512 MiB in one value, and weights are a third longer there."""
 
 
-@contextmanager
-def redis_rollout_ends(replica: Replica) -> Iterator[tuple[RedisPublisher, RedisWeightsSubscriber]]:
-    """The ends of a rollout replica."""
-    yield RedisPublisher(replica), RedisWeightsSubscriber(replica)
-
-
-@contextmanager
-def redis_policy_ends(replica: Replica) -> Iterator[tuple[RedisReader, RedisWeightsPublisher]]:
-    """The ends of a policy replica."""
-    yield RedisReader(), RedisWeightsPublisher(replica)
-
-
 class RedisPublisher:
-    """See `TrajectoryPublisher`. A copy of what may be unfinished is kept, to publish it again after a loss."""
+    """As `RingPublisher`.
 
-    def __init__(self, replica: Replica) -> None:
-        bound = replica.spec.config.work_items_in_flight * replica.spec.config.payloads_of_work_item
-        self._replica = replica
-        self._queue = RolloutProducer(replica.redis, replica.keys, max_backlog=bound)
+    Args:
+        name: of the replica.
+        kept: copies of the newest payloads that are kept, to publish them again after a loss.
+        timeout: seconds that Redis may take to answer.
+    """
+
+    def __init__(
+        self, queue: RolloutProducer, name: str, stop: StopFlag, counters: Counters, *, kept: int, timeout: float
+    ) -> None:
+        self._queue = queue
+        self._name = name
+        self._stop = stop
+        self._counters = counters
+        self._timeout = timeout
         self._producer = secrets.token_hex(16)
         self._sequence = 0
-        self._recent: deque[RolloutEntry] = deque(maxlen=bound)
+        self._recent: deque[RolloutEntry] = deque(maxlen=kept)
         self._next_check = Deadline.after(_CHECK_INTERVAL)
 
-    def put(
-        self,
-        arrays: Arrays,
-        *,
-        work_item: int,
-        weight_version: int,
-        part: int = 0,
-        parts: int = 1,
-        metadata: str = "",
-    ) -> bool:
-        image = bytes(_packed(arrays))
-        entry = RolloutEntry(
-            producer=self._producer,
-            sequence=self._sequence,
-            weight_version=weight_version,
-            replica=self._replica.name,
-            work_item=work_item,
-            part=part,
-            parts=parts,
-            metadata=metadata,
-            payload=image,
-        )
-        while not self._replica.stop.is_set:
+    def put(self, payload: RolloutPayload) -> bool:
+        image = bytes(_packed(payload.arrays))
+        entry = payload.entry(self._name, self._producer, self._sequence, image=image)
+        while not self._stop.is_set:
             try:
-                self._queue.publish(entry, timeout=self._replica.spec.config.timeouts.redis)
+                self._queue.publish(entry, timeout=self._timeout)
             except StreamLostError:
                 self.refresh()
             except BacklogFullError:
@@ -91,24 +73,24 @@ class RedisPublisher:
             else:
                 self._sequence += 1
                 self._recent.append(entry)
-                self._replica.activity.counters.add_all({"payloads": 1, "bytes": len(image)})
+                self._counters.add_all({"payloads": 1, "bytes": len(image)})
                 return True
         return False
 
     def refresh(self) -> None:
         self._queue.restore(lambda: self._recent)
-        if self._next_check.expired and not self._replica.stop.is_set:
+        if self._next_check.expired and not self._stop.is_set:
             self._next_check = Deadline.after(_CHECK_INTERVAL)
             # What there is no room for now, or is lost with the stream, is published at one of the next times.
             with suppress(StreamLostError, BacklogFullError, ControlPlaneStopped):
-                self._queue.publish_trimmed(self._recent, self._replica.spec.config.timeouts.redis)
+                self._queue.publish_trimmed(self._recent, self._timeout)
 
     def drain(self, timeout: float) -> int:
         return 0
 
 
 class RedisReader:
-    """See `TrajectoryReader`."""
+    """As `RingReader`."""
 
     transfer = "inline"
     lane = ""
@@ -141,36 +123,36 @@ class RedisReader:
 
 
 class RedisWeightsPublisher:
-    """See `WeightsPublisher`. The reference is the packed image itself, in base64."""
+    """As `RingWeightsPublisher`. The reference is the packed image itself, in base64."""
 
-    def __init__(self, replica: Replica) -> None:
-        self._key = WeightsChannel(replica.redis, replica.keys)
+    def __init__(self, channel: WeightsChannel) -> None:
+        self._channel = channel
 
     def publish(self, weights: Arrays, version: int, epoch: int | None) -> None:
-        self._key.publish(base64.standard_b64encode(_packed(weights)).decode("ascii"), version, epoch=epoch)
+        self._channel.publish(base64.standard_b64encode(_packed(weights)).decode("ascii"), version, epoch=epoch)
 
     def restore(self) -> None:
-        self._key.restore()
+        self._channel.restore()
 
     def newest_version(self) -> int | None:
-        newest = self._key.newest()
+        newest = self._channel.newest()
         return None if newest is None else newest.version
 
 
 class RedisWeightsSubscriber:
-    """See `WeightsSubscriber`."""
+    """As `RingWeightsSubscriber`."""
 
-    def __init__(self, replica: Replica) -> None:
-        self._replica = replica
-        self._key = WeightsChannel(replica.redis, replica.keys)
+    def __init__(self, channel: WeightsChannel, counters: Counters) -> None:
+        self._channel = channel
+        self._counters = counters
         self._last: PublishedWeights | None = None
 
     def newer(self, timeout: float) -> tuple[int, Arrays] | None:
-        found = self._key.wait_newer(self._last, timeout)
+        found = self._channel.wait_newer(self._last, timeout)
         if found is None:
             return None
         self._last = found
-        self._replica.activity.counters.add("weight_payloads")
+        self._counters.add("weight_payloads")
         return found.version, unpack(bytearray(base64.standard_b64decode(found.reference)))
 
 

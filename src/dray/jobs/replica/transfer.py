@@ -1,117 +1,136 @@
-"""How payloads and weights travel, as the replicas see it; `inline` and `by_reference` do it.
-
-Every wait ends when the replica's stop flag is set.
-"""
+"""How payloads and weights travel: makes a replica's ends of their ways, with rings or with Redis alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Protocol
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
-import numpy as np
+from dray.jobs.process import folder_is_local, own_address
+from dray.jobs.queue import RolloutProducer, WeightsChannel
+from dray.jobs.replica.base import Replica
+from dray.jobs.replica.redis_transfer import (
+    RedisPublisher,
+    RedisReader,
+    RedisWeightsPublisher,
+    RedisWeightsSubscriber,
+)
+from dray.jobs.replica.ring_transfer import (
+    GroupSource,
+    RingPublisher,
+    RingReader,
+    RingWeightsPublisher,
+    RingWeightsSubscriber,
+)
+from dray.prefetch import BatchReader
+from dray.protocol.ref import has_control
+from dray.ring import SharedRingBuffer
+from dray.transport import PayloadClient, PayloadServer
 
-from dray.errors import DrayError
-from dray.identifiers import PayloadId
-from dray.jobs.queue import Delivery, RolloutEntry
+TrajectoryPublisher = RingPublisher | RedisPublisher
+TrajectoryReader = RingReader | RedisReader
+WeightsPublisher = RingWeightsPublisher | RedisWeightsPublisher
+WeightsSubscriber = RingWeightsSubscriber | RedisWeightsSubscriber
 
-Arrays = Mapping[str, np.ndarray]
-
-
-class TrajectoryPublisher(Protocol):
-    """The rollout replica's end of the way of trajectories."""
-
-    def put(
-        self,
-        arrays: Arrays,
-        *,
-        work_item: int,
-        weight_version: int,
-        part: int = 0,
-        parts: int = 1,
-        metadata: str = "",
-    ) -> bool:
-        """Hand on one trajectory, waiting while there is no room; False if stopped before it was handed on.
-
-        One call at a time.
-
-        Args:
-            part: which of the `parts` payloads of the work item it is.
-            metadata: a JSON object; empty for none.
-
-        Raises:
-            PayloadError: `arrays` cannot be carried; where there are too many bytes, the message names the key.
-        """
-        ...
-
-    def refresh(self) -> None:
-        """Publish again what Redis has lost, if it was restarted empty."""
-        ...
-
-    def drain(self, timeout: float) -> int:
-        """Wait until everything handed on was consumed; returns how many payloads were not."""
-        ...
+_FREE_PAUSE = 2.0
+_MAX_SOCKET_FOLDER = 80
 
 
-class TrajectoryReader(Protocol):
-    """The policy replica's end of the way of trajectories."""
-
-    def read(self, deliveries: Sequence[Delivery]) -> Iterator[tuple[Delivery, Arrays | DrayError]]:
-        """The arrays of each delivery, or why they cannot be had; nothing is consumed yet."""
-        ...
-
-    def consume(self, entries: Sequence[RolloutEntry]) -> None:
-        """Have payloads freed at their producers, for all their readers; does not wait for it."""
-        ...
-
-    def unfreed(self) -> list[PayloadId]:
-        """What `consume` was given and no producer has confirmed."""
-        ...
-
-    def statistics(self) -> Mapping[str, float]:
-        """``bytes`` and ``retries`` so far, and ``unfreed``: payloads that are done with and whose producers have
-        not answered yet."""
-        ...
-
-    @property
-    def transfer(self) -> str:
-        """How payloads have come so far: ``"reference"``, read from their producers, or ``"inline"``, in the
-        entries of the stream; both joined by ``+``; empty before the first."""
-        ...
-
-    @property
-    def lane(self) -> str:
-        """The lane that payloads were read over, e.g. ``"shm"``; several joined by ``+``; empty if over none."""
-        ...
-
-
-class WeightsPublisher(Protocol):
-    """The policy replica's end of the way of weights."""
-
-    def publish(self, weights: Arrays, version: int, epoch: int | None) -> None:
-        """Make `weights`, of a policy group in its `epoch`, the newest.
-
-        Raises:
-            PayloadError: `weights` cannot be carried; where there are too many bytes, the message has the bound.
-        """
-        ...
-
-    def restore(self) -> None:
-        """Publish again what Redis has lost, if it was restarted empty."""
-        ...
-
-    def newest_version(self) -> int | None:
-        """The version that was published last, in whichever epoch of the policy group; None if there is none."""
-        ...
+@contextmanager
+def rollout_ends(replica: Replica) -> Iterator[tuple[TrajectoryPublisher, WeightsSubscriber]]:
+    """The ends of a rollout replica."""
+    config, stop, activity = replica.spec.config, replica.stop, replica.activity
+    channel = WeightsChannel(replica.redis, replica.keys)
+    if config.job.transfer == "inline":
+        unfinished = config.work_items_in_flight * config.payloads_of_work_item
+        publisher = RedisPublisher(
+            RolloutProducer(replica.redis, replica.keys, max_backlog=unfinished),
+            replica.name,
+            stop,
+            activity.counters,
+            kept=unfinished,
+            timeout=config.timeouts.redis,
+        )
+        yield publisher, RedisWeightsSubscriber(channel, activity.counters)
+        return
+    with ExitStack() as opened:
+        ring = opened.enter_context(
+            SharedRingBuffer(config.rollout.slots, config.rollout.slot_bytes, readers=config.policy.readers)
+        )
+        server = opened.enter_context(_server(replica, ring))
+        client = opened.enter_context(_client(replica, 0))
+        yield (
+            RingPublisher(
+                ring,
+                server,
+                RolloutProducer(replica.redis, replica.keys),
+                replica.name,
+                stop,
+                activity,
+                replica.heartbeat,
+                inline_bytes=config.rollout.inline_bytes,
+                serve=replica.bounds.serve,
+                timeout=config.timeouts.redis,
+            ),
+            RingWeightsSubscriber(channel, client, stop, activity.counters, timeout=config.timeouts.read),
+        )
 
 
-class WeightsSubscriber(Protocol):
-    """The rollout replica's end of the way of weights."""
+@contextmanager
+def policy_ends(replica: Replica) -> Iterator[tuple[TrajectoryReader, WeightsPublisher]]:
+    """The ends of the first policy replica."""
+    config, channel = replica.spec.config, WeightsChannel(replica.redis, replica.keys)
+    if config.job.transfer == "inline":
+        yield RedisReader(), RedisWeightsPublisher(channel)
+        return
+    # One slot for each reader that is behind, one for the newest, one to write to.
+    slots = config.rollout.replicas + 2
+    with ExitStack() as opened:
+        clients = [opened.enter_context(_client(replica, reader)) for reader in range(config.policy.readers)]
+        batches = _batch_reader(replica, clients)
+        # The last heartbeat has what is left when every request has ended, not what was under way before.
+        opened.callback(lambda: replica.activity.show("unfreed", float(batches.unfreed)))
+        opened.enter_context(batches)
+        weights = RingWeightsPublisher(channel, partial(_server, replica), slots, config.timeouts)
+        yield RingReader(clients[0], batches, config.timeouts.read), opened.enter_context(weights)
 
-    def newer(self, timeout: float) -> tuple[int, Arrays] | None:
-        """Version and arrays of the newest weights if they are others than the last time; else None."""
-        ...
+
+def rank_reader(replica: Replica) -> BatchReader:
+    """What a policy replica that is not the first of its group reads with."""
+    return _batch_reader(replica, [_client(replica, replica.index % replica.spec.config.policy.readers)])
 
 
-RolloutEnds = AbstractContextManager[tuple[TrajectoryPublisher, WeightsSubscriber]]
-PolicyEnds = AbstractContextManager[tuple[TrajectoryReader, WeightsPublisher]]
+def _batch_reader(replica: Replica, clients: Sequence[PayloadClient]) -> BatchReader:
+    config = replica.spec.config
+    # A committed payload is freed however long its producer takes to answer. The slots of the rings limit how many
+    # payloads wait.
+    return BatchReader(
+        GroupSource(clients, in_place=config.policy.in_place),
+        read_timeout=config.timeouts.read,
+        consume=False,
+        free_attempts=sys.maxsize,
+        free_pause=_FREE_PAUSE,
+    )
+
+
+def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
+    config = replica.spec.config
+    sockets = replica.spec.folder.run / "sockets"
+    # A Unix socket's path is short by law, and has no control characters in a reference: else the default place.
+    fits = folder_is_local() and len(str(sockets)) <= _MAX_SOCKET_FOLDER and not has_control(str(sockets))
+    return PayloadServer(
+        ring,
+        lane=config.job.lane,
+        host=own_address(),
+        threads=config.rollout.server_threads,
+        secret=replica.spec.secret,
+        max_leases=max(8, ring.slots),
+        drain_timeout=replica.bounds.transfers,
+        join_timeout=replica.bounds.threads,
+        directory=sockets if fits else None,
+    )
+
+
+def _client(replica: Replica, reader: int) -> PayloadClient:
+    return PayloadClient(lane=replica.spec.config.job.lane, secret=replica.spec.secret, reader=reader)

@@ -1,9 +1,8 @@
 """Calls of the user's classes: what such a call raises or returns wrongly is named as the user's own mistake.
 
-Every call goes through `call_user` or `await_user`, and what it returns through `returned_arrays` and `carried`,
-or
-`returned_metrics`. Their errors are one printable line that names the class, the method, the part and what is
-allowed; the process then ends with the error's `exit_code`.
+Every call goes through `call_user` or `await_user`, and what it returns through `returned_payloads` or
+`returned_arrays`, and `carried`, or `returned_metrics`. Their errors are one printable line that names the class,
+the method, the part and what is allowed; the process then ends with the error's `exit_code`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from dray.errors import PayloadError
 from dray.forking import parent_only
@@ -26,6 +25,9 @@ from dray.jobs.api import Rollout
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.messages.channel import GroupLostError
 from dray.text import printable, printable_value
+
+if TYPE_CHECKING:
+    from dray.jobs.queue import RolloutEntry
 
 MAX_REASON: Final = 800
 """Characters of the line about a user's mistake."""
@@ -275,22 +277,56 @@ MAX_PAYLOADS: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class ReturnedPayload:
-    """One payload.
+class RolloutPayload:
+    """One payload of a finished rollout.
 
     Attributes:
-        metadata: a JSON object; empty if there is none.
+        weight_version: of the weights with which the rollout began.
+        part: which of the `parts` payloads of the work item it is, from 0.
+        metadata: a JSON object; empty for none.
     """
 
-    arrays: Mapping[str, Any]
-    metadata: str
+    arrays: dict[str, Any]
+    work_item: int
+    weight_version: int
+    part: int = 0
+    parts: int = 1
+    metadata: str = ""
+
+    def entry(
+        self,
+        replica: str,
+        producer: str,
+        sequence: int,
+        *,
+        reference: str | None = None,
+        image: bytes | None = None,
+    ) -> RolloutEntry:
+        """Its entry of the rollout stream, with a reference, the packed `image`, or both."""
+        from dray.jobs.queue import RolloutEntry  # here: the check of a job's classes needs no Redis client
+
+        return RolloutEntry(
+            producer=producer,
+            sequence=sequence,
+            weight_version=self.weight_version,
+            replica=replica,
+            work_item=self.work_item,
+            part=self.part,
+            parts=self.parts,
+            metadata=self.metadata,
+            reference=reference,
+            payload=image,
+        )
 
 
-def returned_payloads(worker: object, found: object, expected: int | None) -> list[ReturnedPayload]:
-    """The payloads that `rollout` of `worker` returned, at least one.
+def returned_payloads(
+    worker: object, found: object, expected: int | None, work_item: int, weight_version: int
+) -> list[RolloutPayload]:
+    """The payloads that `rollout` of `worker` returned for a work item, at least one.
 
     Args:
         expected: `rollout.payloads_per_work_item`.
+        weight_version: of the weights with which the rollout began.
 
     Raises:
         UserValueError: it is neither a mapping nor a list of them, or there are fewer or more than expected.
@@ -315,7 +351,8 @@ def returned_payloads(worker: object, found: object, expected: int | None) -> li
             found_arrays, metadata = returned.arrays, returned.metadata
             where += "a Rollout whose arrays are "
         arrays = returned_arrays(worker, "rollout", found_arrays, where)
-        payloads.append(ReturnedPayload(arrays, _encoded(call, metadata)))
+        encoded = _encoded(call, metadata)
+        payloads.append(RolloutPayload(arrays, work_item, weight_version, index, len(results), encoded))
     return payloads
 
 

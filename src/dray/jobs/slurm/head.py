@@ -28,10 +28,9 @@ from dray.jobs.files import write_json
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.job_file import JobDraft
 from dray.jobs.launch.display import Display
-from dray.jobs.launch.job_processes import JobPlacement, chosen_token, replica_name
 from dray.jobs.launch.output import open_output, resume_line
 from dray.jobs.launch.preparation import check_entry_points
-from dray.jobs.launch.processes import EndRequest, JobProcess
+from dray.jobs.launch.processes import EndRequest, HostListener, JobPlacement, JobProcess, replica_name
 from dray.jobs.launch.shutdown import stopped_early
 from dray.jobs.launch.supervisor import supervise
 from dray.jobs.messages.auth import ConnectionInfo, NodeListener
@@ -50,16 +49,15 @@ from dray.jobs.messages.models import (
 )
 from dray.jobs.process import LOOPBACK, SignalInbox, adopt_orphans, log_to_stderr
 from dray.jobs.queue import RedisAddress
-from dray.jobs.slurm.network import Interface, boot_id, choose_interface
-from dray.jobs.slurm.placement import Placement, environment, placements
+from dray.jobs.slurm.placement import Interface, Placement, boot_id, choose_interface, environment, placements
 from dray.jobs.slurm.plan import NODE_VARIABLE, Plan, Task, run_task
 from dray.name_resolution import is_loopback
 from dray.resources import Closing
 from dray.transport.lanes import LANES
 
-# --- remote ------------------------------------------------------------------------------------------------------
-
 _LOG = logging.getLogger("dray.jobs.slurm.head")
+
+# --- the other nodes ---------------------------------------------------------------------------------------------
 
 
 class RemoteReplica(JobProcess):
@@ -85,27 +83,24 @@ class RemoteReplica(JobProcess):
         return self._reason or super().ending
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal, unless the process has ended."""
         if self.reported_code is None:
             self._host.post(SendSignal(name=self.name, number=number))
 
     def kill_group(self) -> None:
-        """Kill the process and what is in its group."""
         if self.reported_code is None:
             self._host.post(KillReplica(name=self.name))
 
     def note_running(self) -> None:
-        """Its node reports that the process runs."""
         self._seen = MONOTONIC.now()
 
     def note_end(self, report: ReplicaEnded) -> None:
-        """Its node reports how it has ended."""
-        if self.reported_code is None:
-            self.reported_code = report.code
-            if report.request:
-                number = signal.Signals(report.request)
-                if EndRequest(number, "").explains(report.code):
-                    self._reason = f"its node {self._host.node} was asked to end and sent it {number.name}"
+        if self.reported_code is not None:
+            return
+        self.reported_code = report.code
+        if report.request:
+            number = signal.Signals(report.request)
+            if EndRequest(number, "").explains(report.code):
+                self._reason = f"its node {self._host.node} was asked to end and sent it {number.name}"
 
     def note_lost(self) -> None:
         """Its node is gone, and the process with it, or about to be."""
@@ -114,7 +109,7 @@ class RemoteReplica(JobProcess):
 
 
 class RemoteHost:
-    """A node beside the head's, behind a message channel: a `dray.jobs.launch.job_processes.Host`.
+    """A node beside the head's, behind a message channel: a `dray.jobs.launch.processes.Host`.
 
     Args:
         logs: folder with the logs of its replicas.
@@ -133,11 +128,9 @@ class RemoteHost:
 
     @property
     def processes(self) -> Sequence[JobProcess]:
-        """Those that the node has started; the newest of each name."""
         return list(self._replicas.values())
 
     def start(self, role: Role, index: int) -> None:
-        """Have the node start a replica, now or as soon as it is connected."""
         name = replica_name(role, index)
         self._roles[name] = role
         self.post(StartReplica(name=name))
@@ -151,7 +144,6 @@ class RemoteHost:
 
     @property
     def lost(self) -> bool:
-        """Whether the node has been connected and is not any more."""
         return self.connected and self._channel is None
 
     def post(self, message: ChannelMessage) -> None:
@@ -160,7 +152,6 @@ class RemoteHost:
             self._channel.post(message)
 
     def collect(self) -> Iterator[JobProcess]:
-        """The replicas whose end the node has reported since the last call; all of them if the node is gone."""
         if self._channel is not None and self._channel.lost:
             self._receive()
         for replica in list(self._replicas.values()):
@@ -169,15 +160,14 @@ class RemoteHost:
                 yield replica
 
     def request_shutdown(self) -> None:
-        """Have the node kill what is left there. Does not wait."""
         if self._channel is not None:
             self._channel.post(Shutdown())
             self._channel.finish_sending()
 
     def close(self, deadline: Deadline) -> None:
-        """Wait until the node confirms the shutdown by closing its connection. Twice is fine."""
         if self._channel is None:
             return
+        # The node confirms the shutdown by closing its connection.
         poll = select.poll()
         poll.register(self._channel, select.POLLIN)
         self._channel.poll()
@@ -216,8 +206,8 @@ class RemoteHost:
         self._channel = None
 
 
-class NodeConnections(Closing):
-    """Where the other nodes connect: a `dray.jobs.launch.job_processes.HostListener`.
+class NodeConnections(HostListener, Closing):
+    """Where the other nodes connect.
 
     Args:
         attempt: the name of the attempt, which connections must show.
@@ -244,22 +234,20 @@ class NodeConnections(Closing):
         self.hosts = {each.node: RemoteHost(each.node, folder.logs) for each in placed}
         self._rank_nodes = {each.index: each.node for each in placed if each.role is Role.POLICY}
         self._ranks: dict[int, socket.socket] = {}
-        self._selector: selectors.BaseSelector | None = None
+        self._selector: selectors.BaseSelector
         self._listener = NodeListener(address, secret, silence, self._reason_to_reject, self._on_accepted)
 
     def open(self, selector: selectors.BaseSelector, spec: JobSpec) -> None:
-        """Listen, and publish the address to the other nodes in a file of the job's folder."""
+        """Listen, and write the address to a file of the job's folder, where the other nodes look for it."""
         self._selector = selector
         host, port = self._listener.open(selector)
         address = HeadAddress(host=host, port=port, attempt=self._attempt, job_id=spec.job_id, boot_id=boot_id())
         write_json(self._folder.head_address, address.model_dump(), mode=0o600)
 
     def apply_timeouts(self) -> None:
-        """Reject connections that have not proven in time what they are for."""
         self._listener.apply_timeouts()
 
     def rank_connections(self) -> list[socket.socket] | None:
-        """Connections to the ranks on other nodes, in order, now the caller's; None while one is missing."""
         if len(self._ranks) < len(self._rank_nodes):
             return None
         found = [self._ranks[rank] for rank in sorted(self._ranks)]
@@ -267,18 +255,16 @@ class NodeConnections(Closing):
         return found
 
     def stop_accepting(self) -> None:
-        """Accept no connection any more."""
         self._listener.close()
 
     def close(self) -> None:
-        """Accept no connection any more, and close those of ranks that were not handed on. Twice is fine."""
         self._listener.close()
+        # Those of ranks that were not handed on.
         for connected in self._ranks.values():
             connected.close()
         self._ranks = {}
 
     def _on_accepted(self, purpose: ConnectionInfo, connected: socket.socket) -> None:
-        assert self._selector is not None
         if purpose.rank is not None:
             self._ranks[purpose.rank] = connected
             _LOG.info("node %s has connected policy-%d", purpose.node, purpose.rank)
@@ -310,12 +296,12 @@ def run_head(task: Task) -> int:
     log_to_stderr("head", logging.WARNING)
     if task.node != task.nodes[0]:
         raise ConfigError(NODE_VARIABLE, task.node, f"the first of the job's nodes, which is {task.nodes[0]}")
-    config = attempt_config(task.plan)
+    config = _attempt_config(task.plan)
     # A job on one node is reached from that node only.
-    alone = len(task.nodes) == 1 and task.plan.interface is None
-    interface = Interface("lo", LOOPBACK) if alone else choose_interface(task.plan.interface)
+    alone = len(task.nodes) == 1 and task.plan.table.interface is None
+    interface = Interface("lo", LOOPBACK) if alone else choose_interface(task.plan.table.interface)
     if len(task.nodes) > 1:
-        check_between_nodes(config, interface)
+        _check_between_nodes(config, interface)
     with ExitStack() as opened:
         inbox = opened.enter_context(SignalInbox())
         title = f"dray: job {config.job.name}"
@@ -330,31 +316,20 @@ def run_head(task: Task) -> int:
             draft, file = JobDraft(config), task.plan.job_file
             signals = check_entry_points(draft, file, folder.run, inbox, show_line=display.show_line)
             if signals:
-                ending = stopped_early(folder, config.job.name, signals)
-                display.show_line(ending.reason)
-                return ending.exit_code
+                return stopped_early(folder, signals, display.show_line)
         return supervise(config, task.plan.job_file, placement, state, inbox, display)
 
 
-def attempt_config(plan: Plan) -> JobConfig:
-    """The configuration of the job in an attempt."""
-    config = plan.config
-    # A group of several nodes begins again in another attempt.
-    restarts = config.policy.restarts if plan.policy.nodes == 1 else 0
-    return config.model_copy(
-        update={
-            "job": config.job.model_copy(update={"output": str(plan.run_folder)}),
-            "policy": config.policy.model_copy(update={"restarts": restarts}),
-        }
-    )
+def _attempt_config(plan: Plan) -> JobConfig:
+    job = plan.config.job.model_copy(update={"output": str(plan.run_folder)})
+    policy = plan.config.policy
+    if plan.table.policy_nodes > 1:  # a group of several nodes begins again in another attempt
+        policy = policy.model_copy(update={"restarts": 0})
+    return plan.config.model_copy(update={"job": job, "policy": policy})
 
 
-def check_between_nodes(config: JobConfig, interface: Interface) -> None:
-    """Make sure that the configuration is one for several nodes.
-
-    Raises:
-        ConfigError: the lane, or a configured Redis server, is for one machine only.
-    """
+def _check_between_nodes(config: JobConfig, interface: Interface) -> None:
+    """Raise `ConfigError` if the lane, or a configured Redis server, is for one machine only."""
     lane = LANES.get(config.job.lane)
     if lane is not None and lane.local and config.job.transfer == "reference":
         between = ", ".join(each.name for each in LANES.values() if not each.local)
@@ -370,27 +345,25 @@ def check_between_nodes(config: JobConfig, interface: Interface) -> None:
 def _placement(
     task: Task, config: JobConfig, folder: JobFolder, interface: Interface, opened: ExitStack
 ) -> JobPlacement:
-    placed = placements(task.plan, task.nodes)
+    secret, address = task.plan.secret, interface.address
+    placed = placements(task.plan.config, task.nodes)
     here = {each.name: each for each in placed if each.node == task.node}
     away = [each for each in placed if each.node != task.node]
     nodes = None
     if away:
-        silence = config.controller.dead_after
-        nodes = opened.enter_context(
-            NodeConnections(folder, task.name, task.plan.secret, away, interface.address, silence)
-        )
+        connections = NodeConnections(folder, task.name, secret, away, address, config.controller.dead_after)
+        nodes = opened.enter_context(connections)
     rollouts = [each.index for each in here.values() if each.role is Role.ROLLOUT]
     variables = {name: environment(each, interface, os.environ) for name, each in here.items()}
     return JobPlacement(
         folder=folder,
-        address=interface.address,
+        address=address,
         ranks=len(here) - len(rollouts),
         rollouts=range(len(rollouts)),
-        redis_host=None if nodes is None else interface.address,
+        redis_host=None if nodes is None else address,
         remote=[] if nodes is None else [(nodes.hosts[each.node], each.role, each.index) for each in away],
-        listener=nodes,
-        secret=task.plan.secret,
-        token=chosen_token(config),
+        listener=nodes or HostListener(),
+        secret=secret,
         environment=variables.__getitem__,
     )
 

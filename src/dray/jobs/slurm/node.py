@@ -22,14 +22,12 @@ from pydantic import ValidationError
 
 from dray.clock import Deadline, retry_pauses
 from dray.errors import ConfigError, ControlPlaneError, TransportError
-from dray.jobs.descendants import is_running
 from dray.jobs.exit_codes import ExitCode, meaning
 from dray.jobs.files import make_own_folders, read_private_file
 from dray.jobs.folder import JobFolder, JobSpec
-from dray.jobs.launch.job_processes import LocalHost, SupervisorHost
 from dray.jobs.launch.output import KEY
 from dray.jobs.launch.process_supervisor import ProcessSupervisor
-from dray.jobs.launch.processes import JobProcess
+from dray.jobs.launch.processes import JobProcess, LocalHost
 from dray.jobs.launch.shutdown import KillStage, ShutdownEscalation
 from dray.jobs.messages.auth import ConnectionInfo, connect
 from dray.jobs.messages.channel import MessageChannel
@@ -44,9 +42,8 @@ from dray.jobs.messages.models import (
     Shutdown,
     StartReplica,
 )
-from dray.jobs.process import SignalInbox, log_to_stderr, set_log_level
-from dray.jobs.slurm.network import boot_id, choose_interface
-from dray.jobs.slurm.placement import Placement, environment, placements
+from dray.jobs.process import SignalInbox, is_running, log_to_stderr, set_log_level
+from dray.jobs.slurm.placement import Placement, boot_id, choose_interface, environment, placements
 from dray.jobs.slurm.plan import Task, run_task
 from dray.name_resolution import is_loopback
 
@@ -60,13 +57,11 @@ def read_head_address(path: Path, attempt: str) -> HeadAddress | None:
     """Where the head of this `attempt` listens, if it has written that.
 
     Raises:
-        ConfigError: another user may have written it, or it is loopback, and that of another machine.
+        ConfigError: another user may have written it, or it is the loopback of another machine.
     """
     try:
         list(path.parent.iterdir())  # NFS may take a file for missing until its folder was listed
         found = HeadAddress.model_validate_json(read_private_file(path, "the head's address"))
-    except ConfigError:
-        raise
     except (OSError, ValidationError):  # not yet, or no more, or of another version
         return None
     if found.attempt != attempt:
@@ -89,12 +84,12 @@ class NodeAgent(ProcessSupervisor):
         self,
         task: Task,
         placed: Sequence[Placement],
-        host: SupervisorHost,
+        host: LocalHost,
         *,
         selector: selectors.BaseSelector,
         inbox: SignalInbox,
     ) -> None:
-        super().__init__(inbox, selector, [host])
+        super().__init__(inbox, selector, [host], _LOG.error)
         self._task = task
         self._placed = {each.name: each for each in placed}
         self._host = host
@@ -135,9 +130,7 @@ class NodeAgent(ProcessSupervisor):
         """The head's address and a connection to it; None when a signal came.
 
         Raises:
-            ConfigError: the address is one that this node does not reach.
-            AuthenticationError: the listener there does not know the secret.
-            ControlPlaneError: there was no head in time.
+            ControlPlaneError: there was no head in time; see also `read_head_address` and `connect`.
         """
         # The head imports the user's classes before it listens; it has `timeouts.start` for that.
         deadline = Deadline.after(2 * self._timeouts.start)
@@ -165,11 +158,7 @@ class NodeAgent(ProcessSupervisor):
         return connect((address.host, address.port), self._task.plan.secret, purpose, bound, self._silence)
 
     def _check_spec(self) -> None:
-        """Make sure that the description of the job is that of the head's attempt, and make the folder of logs.
-
-        Raises:
-            ControlPlaneError: it is not.
-        """
+        """Raise `ControlPlaneError` unless the description of the job is the head's; make the folder of logs."""
         try:
             spec = JobSpec.read(self._folder.spec)
         except OSError as error:
@@ -179,11 +168,7 @@ class NodeAgent(ProcessSupervisor):
         make_own_folders(self._folder.root, self._folder.logs, KEY)
 
     def _start(self, placed: Placement) -> None:
-        """Start a replica and report its pid.
-
-        Raises:
-            DrayError: a rank of the policy gets no connection.
-        """
+        """Start a replica and report its pid; a rank of the policy gets a connection to the head."""
         if placed.role is Role.ROLLOUT:
             child = self._host.start(placed.role, placed.index)
         else:
@@ -195,7 +180,6 @@ class NodeAgent(ProcessSupervisor):
     # --- watch ------------------------------------------------------------------------------------------------
 
     def _receive(self) -> None:
-        """Carry out the head's commands."""
         running = {each.name: each for each in self._host.processes if each.running}
         for message in self._channel.poll():
             match message:
@@ -255,9 +239,6 @@ class NodeAgent(ProcessSupervisor):
             return f"the node received {self.signals[0].name}"
         return "the job has ended" if self._dismissed else "the head is gone"
 
-    def _report(self, line: str) -> None:
-        _LOG.error("%s", line)
-
 
 def run_node(task: Task) -> int:
     """Carry out the head's commands for one node until the attempt has ended; returns the exit code.
@@ -267,11 +248,11 @@ def run_node(task: Task) -> int:
     """
     log_to_stderr(f"node {task.node}", logging.INFO)
     set_log_level(task.plan.config.job.log_level)
-    placed = [each for each in placements(task.plan, task.nodes) if each.node == task.node]
+    placed = [each for each in placements(task.plan.config, task.nodes) if each.node == task.node]
     if not placed:
         _LOG.info("no replica has its process on node %s", task.node)
         return ExitCode.OK
-    interface = choose_interface(task.plan.interface)
+    interface = choose_interface(task.plan.table.interface)
     _LOG.info("at %s on %s", interface.address, interface.name)
     variables = {each.name: environment(each, interface, os.environ) for each in placed}
     folder = JobFolder(task.plan.run_folder, task.name)

@@ -1,18 +1,23 @@
-"""The distribution of a run's replicas over nodes, and the environment variables of each replica. No I/O."""
+"""Where each replica of a run has its place: its nodes, its GPUs, and the network interface that it uses there."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import socket
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
 
 from dray.errors import ConfigError
 from dray.jobs.config import JobConfig, SlurmTable
+from dray.jobs.launch.processes import replica_name
 from dray.jobs.messages.models import Role
 from dray.jobs.process import ADDRESS_VARIABLE, REPLICA_NODES_VARIABLE
-from dray.jobs.slurm.network import Interface
-from dray.jobs.slurm.plan import Plan, RoleLayout
+from dray.name_resolution import is_loopback
 
-# --- layout ------------------------------------------------------------------------------------------------------
+# --- nodes and GPUs ----------------------------------------------------------------------------------------------
 
 # The nodes of an allocation are counted from 0, those of the policy first:
 #
@@ -23,91 +28,6 @@ from dray.jobs.slurm.plan import Plan, RoleLayout
 # ```
 #
 # A replica has whole nodes or an equal share of one. With `rollout_nodes = 0` all replicas share one node.
-
-
-@dataclass(frozen=True, slots=True)
-class NodeLayout:
-    """How the replicas of both roles are spread over the nodes of a job."""
-
-    policy: RoleLayout
-    rollout: RoleLayout
-
-
-def configured_layout(config: JobConfig) -> NodeLayout:
-    """The layout that a job file configures.
-
-    Raises:
-        ConfigError: see `make_layout`.
-    """
-    table = config.slurm or SlurmTable()
-    return make_layout(
-        policy_replicas=config.policy.replicas,
-        rollout_replicas=config.rollout.replicas,
-        policy_nodes=table.policy_nodes,
-        rollout_nodes=table.rollout_nodes,
-        gpus_per_node=table.gpus_per_node,
-    )
-
-
-def make_layout(
-    *, policy_replicas: int, rollout_replicas: int, policy_nodes: int, rollout_nodes: int, gpus_per_node: int
-) -> NodeLayout:
-    """The layout of a job.
-
-    Raises:
-        ConfigError: the replicas cannot be spread evenly over the nodes, or the GPUs over the replicas.
-    """
-    if rollout_nodes == 0:
-        return _on_one_node(policy_replicas, rollout_replicas, policy_nodes, gpus_per_node)
-    return NodeLayout(
-        policy=_spread(Role.POLICY, policy_replicas, policy_nodes, gpus_per_node),
-        rollout=_spread(Role.ROLLOUT, rollout_replicas, rollout_nodes, gpus_per_node),
-    )
-
-
-def rollout_nodes_of(nodes: int, policy_nodes: int) -> int:
-    """The number of `nodes` that are left for rollout replicas.
-
-    Raises:
-        ConfigError: there are fewer nodes than the policy has.
-    """
-    if nodes < policy_nodes:
-        raise ConfigError("--nodes", nodes, f"must be at least slurm.policy_nodes, which is {policy_nodes}")
-    return nodes - policy_nodes
-
-
-def _on_one_node(policy_replicas: int, rollout_replicas: int, policy_nodes: int, gpus: int) -> NodeLayout:
-    if policy_nodes != 1:
-        allowed = (
-            f"must be at least 1, as slurm.policy_nodes is {policy_nodes}: both roles can share only one node"
-        )
-        raise ConfigError("slurm.rollout_nodes", 0, allowed)
-    share = _share_of(gpus, policy_replicas + rollout_replicas)
-    return NodeLayout(RoleLayout(1, policy_replicas, share), RoleLayout(0, rollout_replicas, share))
-
-
-def _spread(role: Role, replicas: int, nodes: int, gpus: int) -> RoleLayout:
-    if replicas % nodes == 0:
-        per_node = replicas // nodes
-        return RoleLayout(nodes, per_node, _share_of(gpus, per_node))
-    if nodes % replicas == 0:
-        return RoleLayout(nodes, gpus_per_replica=gpus, nodes_per_replica=nodes // replicas)
-    some = ", ".join(str(count) for count in range(1, replicas) if replicas % count == 0)
-    what = f"{some} or a multiple of {replicas}"
-    allowed = (
-        f"must be {what}, as {role.value}.replicas is {replicas}: a replica has whole nodes or an equal share"
-    )
-    raise ConfigError(f"slurm.{role.value}_nodes", nodes, allowed)
-
-
-def _share_of(gpus: int, replicas: int) -> int:
-    if gpus % replicas:
-        allowed = f"must be 0 or a multiple of {replicas}, the number of replicas that share a node"
-        raise ConfigError("slurm.gpus_per_node", gpus, allowed)
-    return gpus // replicas
-
-
-# --- placement ---------------------------------------------------------------------------------------------------
 
 DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -130,7 +50,7 @@ class Placement:
 
     @property
     def name(self) -> str:
-        return f"{self.role.value}-{self.index}"
+        return replica_name(self.role, self.index)
 
     @property
     def node(self) -> str:
@@ -138,39 +58,49 @@ class Placement:
         return self.nodes[0]
 
 
-def placements(plan: Plan, nodes: Sequence[str]) -> list[Placement]:
+def placements(config: JobConfig, nodes: Sequence[str]) -> list[Placement]:
     """The place of every replica, those of the policy first.
 
     Args:
-        nodes: the names of the job's nodes, those of the policy first.
+        nodes: the names of the job's nodes, as many as `[slurm]` has, those of the policy first.
 
     Raises:
-        ConfigError: the plan's layout does not have a place for every replica.
+        ConfigError: the replicas cannot be spread evenly over the nodes, or the GPUs over the replicas.
     """
-    policy, rollout = plan.policy, plan.rollout
-    beside = policy.replicas_per_node * policy.gpus_per_replica if rollout.nodes == 0 else 0
-    rest = nodes[policy.nodes :] if rollout.nodes else nodes[:1]
+    table = config.slurm or SlurmTable()
+    policy = [(Role.POLICY, index) for index in range(config.policy.replicas)]
+    rollout = [(Role.ROLLOUT, index) for index in range(config.rollout.replicas)]
+    if table.rollout_nodes == 0:
+        if table.policy_nodes != 1:
+            what = f"must be at least 1, as slurm.policy_nodes is {table.policy_nodes}"
+            raise ConfigError("slurm.rollout_nodes", 0, f"{what}: both roles can share only one node")
+        return _spread([*policy, *rollout], nodes, table.gpus_per_node)
     return [
-        *_of_role(Role.POLICY, policy, plan.config.policy.replicas, nodes[: policy.nodes], 0),
-        *_of_role(Role.ROLLOUT, rollout, plan.config.rollout.replicas, rest, beside),
+        *_spread(policy, nodes[: table.policy_nodes], table.gpus_per_node),
+        *_spread(rollout, nodes[table.policy_nodes :], table.gpus_per_node),
     ]
 
 
-def _of_role(role: Role, layout: RoleLayout, count: int, nodes: Sequence[str], first_gpu: int) -> list[Placement]:
-    if layout.nodes_per_replica > 1:
-        fits = layout.replicas_per_node == 1 and count * layout.nodes_per_replica == len(nodes)
-    else:
-        fits = count == layout.replicas_per_node * len(nodes)
-    if not fits:
-        allowed = f"must be a layout with a place for each of {count} replicas on {len(nodes)} nodes"
-        raise ConfigError(f"plan.{role.value}", layout, allowed)
+def _spread(replicas: Sequence[tuple[Role, int]], nodes: Sequence[str], gpus: int) -> list[Placement]:
+    """The places of replicas that have these nodes for themselves."""
+    count = len(replicas)
+    share_node, span_nodes = max(1, count // len(nodes)), max(1, len(nodes) // count)
+    if count * span_nodes != len(nodes) * share_node:
+        name = replicas[0][0].value
+        some = ", ".join(str(number) for number in range(1, count) if count % number == 0)
+        what = f"must be {some} or a multiple of {count}, as {name}.replicas is {count}"
+        allowed = f"{what}: a replica has whole nodes or an equal share"
+        raise ConfigError(f"slurm.{name}_nodes", len(nodes), allowed)
+    if gpus % share_node:
+        allowed = f"must be 0 or a multiple of {share_node}, the number of replicas that share a node"
+        raise ConfigError("slurm.gpus_per_node", gpus, allowed)
+    share = gpus // share_node
     found = []
-    for index in range(count):
-        place, beside = divmod(index, layout.replicas_per_node)
-        first = place * layout.nodes_per_replica
-        gpu = first_gpu + beside * layout.gpus_per_replica
-        own = tuple(nodes[first : first + layout.nodes_per_replica])
-        found.append(Placement(role, index, own, tuple(range(gpu, gpu + layout.gpus_per_replica))))
+    for number, (role, index) in enumerate(replicas):
+        place, beside = divmod(number, share_node)
+        first, gpu = place * span_nodes, beside * share
+        own = tuple(nodes[first : first + span_nodes])
+        found.append(Placement(role, index, own, tuple(range(gpu, gpu + share))))
     return found
 
 
@@ -195,3 +125,92 @@ def environment(placed: Placement, interface: Interface, inherited: Mapping[str,
             raise ConfigError(DEVICES_VARIABLE, given, allowed)
         variables[DEVICES_VARIABLE] = ",".join(devices[gpu] for gpu in placed.gpus)
     return variables
+
+
+# --- network interface -------------------------------------------------------------------------------------------
+
+_SYS = Path("/sys/class")
+_ROUTES = Path("/proc/net/route")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """A network interface that is up, and its IPv4 address."""
+
+    name: str
+    address: str
+
+    @property
+    def is_loopback(self) -> bool:
+        return is_loopback(self.address)
+
+
+def choose_interface(configured: str | None) -> Interface:
+    """The interface of this machine to use, and with it the address: see `select_interface`."""
+    return select_interface(configured, interfaces(), rdma_interfaces(), default_route())
+
+
+def select_interface(
+    configured: str | None, available: Sequence[Interface], rdma: Collection[str], route: str | None
+) -> Interface:
+    """The configured interface; else one with an RDMA device, that of the default route, or any other.
+
+    Loopback is used only if it is configured: no other machine reaches it.
+
+    Args:
+        available: the interfaces of the machine, in the kernel's order.
+        rdma: names of the interfaces that have an RDMA device.
+        route: the name of the default route's interface.
+
+    Raises:
+        ConfigError: there is none, or the `configured` one does not exist.
+    """
+    if configured is not None:
+        for each in available:
+            if each.name == configured:
+                return each
+        names = ", ".join(each.name for each in available) or "none"
+        allowed = f"must be an interface that is up and has an IPv4 address; this node has: {names}"
+        raise ConfigError("slurm.interface", configured, allowed)
+    outside = [each for each in available if not each.is_loopback]
+    if not outside:
+        allowed = "must name an interface; this node has none but loopback that is up and has an IPv4 address"
+        raise ConfigError("slurm.interface", None, allowed, "is not set")
+    # min keeps the kernel's order among equals.
+    return min(outside, key=lambda each: (each.name not in rdma, each.name != route))
+
+
+def interfaces() -> list[Interface]:
+    """The interfaces of this machine that are up and have an IPv4 address."""
+    up = {name for name, state in psutil.net_if_stats().items() if "up" in state.flags.split(",")}
+    found = []
+    for name, addresses in psutil.net_if_addrs().items():
+        address = next((each.address for each in addresses if each.family == socket.AF_INET), None)
+        if name in up and address is not None:
+            found.append(Interface(name, address))
+    return found
+
+
+def rdma_interfaces(sys: Path = _SYS) -> set[str]:
+    """The names of the interfaces that have an RDMA device."""
+    return {path.name for path in sys.glob("infiniband/*/device/net/*")}
+
+
+def default_route(table: Path = _ROUTES) -> str | None:
+    """The name of the default route's interface: that of the lowest metric, if there are several."""
+    try:
+        lines = table.read_text().splitlines()[1:]
+    except OSError:
+        return None
+    best, name = math.inf, None
+    for columns in map(str.split, lines):
+        interface, destination, metric, mask = columns[0], columns[1], columns[6], columns[7]
+        if int(destination, 16) == int(mask, 16) == 0 and int(metric) < best:
+            best, name = int(metric), interface
+    return name
+
+
+def boot_id() -> str:
+    """The kernel's identifier of this boot of this machine."""
+    return _BOOT_ID.read_text().strip()

@@ -2,6 +2,8 @@
 
 It holds the run's secret: its folder has mode 0700 and the file 0600. The names of nodes are not in it: they are
 known when the job runs, and every part of a run may have others (`NODES_VARIABLE`).
+
+A process on a node gets ``PLAN PART ATTEMPT`` on its command line, and its place in the environment.
 """
 
 from __future__ import annotations
@@ -9,41 +11,22 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dray.errors import ConfigError, DrayError, error_lines
-from dray.jobs.config import JobConfig
+from dray.jobs.config import JobConfig, SlurmTable
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.files import FOLDER_MODE, make_own_folder, read_private_file, write_json
 from dray.jobs.process import dump_stacks_on_signal, exit_with_own_code_on_crash
 from dray.resources import raise_descriptor_limit
-
-# --- plan --------------------------------------------------------------------------------------------------------
 
 NODES_VARIABLE = "DRAY_NODES"
 """Environment variable with the names of the job's nodes, separated by spaces: first those of the policy."""
 
 NODE_VARIABLE = "SLURMD_NODENAME"
 """Environment variable in which Slurm gives a task the name of its node."""
-
-
-@dataclass(frozen=True, slots=True)
-class RoleLayout:
-    """How the replicas of a role are spread over its nodes. A replica spans whole nodes or an even part of one.
-
-    Attributes:
-        nodes: how many the role has; 0: it shares the one node of the policy.
-        replicas_per_node: how many share a node; 1 where a replica spans nodes.
-        gpus_per_replica: on each of its nodes.
-        nodes_per_replica: 1 where replicas share a node.
-    """
-
-    nodes: int
-    replicas_per_node: int = 1
-    gpus_per_replica: int = 0
-    nodes_per_replica: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +37,17 @@ class Plan:
         job_file: in the snapshot of the code, if there is one.
         run_folder: the output folder of all parts of the run.
         secret: of the controller, of connections between nodes and of payload transport.
-        interface: the network interface to use on every node; None: it is chosen.
-        retries: how many attempts may fail before the run does.
-        environment: variables for the processes of the job.
     """
 
     config: JobConfig
     job_file: Path
     run_folder: Path
     secret: bytes = field(repr=False)
-    policy: RoleLayout
-    rollout: RoleLayout
-    interface: str | None
-    retries: int
-    environment: Mapping[str, str]
+
+    @property
+    def table(self) -> SlurmTable:
+        """The table `[slurm]` of the job file; without one, the defaults."""
+        return self.config.slurm or SlurmTable()
 
     @property
     def path(self) -> Path:
@@ -77,7 +57,7 @@ class Plan:
     @property
     def node_count(self) -> int:
         """How many nodes the job has in all."""
-        return self.policy.nodes + self.rollout.nodes
+        return self.table.policy_nodes + self.table.rollout_nodes
 
     def write(self) -> Path:
         """Write the plan where it belongs, for its owner only, whole or not at all; returns the place."""
@@ -90,11 +70,6 @@ class Plan:
             "job_file": str(self.job_file),
             "run_folder": str(self.run_folder),
             "secret": self.secret.hex(),
-            "policy": asdict(self.policy),
-            "rollout": asdict(self.rollout),
-            "interface": self.interface,
-            "retries": self.retries,
-            "environment": dict(self.environment),
         }
         write_json(self.path, document, mode=0o600)
         return self.path
@@ -113,33 +88,20 @@ class Plan:
                 job_file=Path(document["job_file"]),
                 run_folder=Path(document["run_folder"]),
                 secret=bytes.fromhex(document["secret"]),
-                policy=RoleLayout(**document["policy"]),
-                rollout=RoleLayout(**document["rollout"]),
-                interface=document["interface"],
-                retries=document["retries"],
-                environment=document["environment"],
             )
-        except FileNotFoundError as error:
-            reason = str(error.strerror)
-            raise ConfigError("plan", str(path), reason, problem=f"{path} cannot be read") from error
         except ConfigError:
             raise
+        except FileNotFoundError as error:
+            raise ConfigError("plan", str(path), str(error.strerror), f"{path} cannot be read") from error
         except (KeyError, TypeError, ValueError) as error:
             # Nothing of what was read is shown: it may be the secret.
             allowed = f"must be a plan of this version ({type(error).__name__})"
-            raise ConfigError("plan", str(path), allowed, problem=f"{path} cannot be used") from None
+            raise ConfigError("plan", str(path), allowed, f"{path} cannot be used") from None
 
 
 def plan_path(run_folder: Path) -> Path:
     """Where the plan of a run lies in its folder."""
     return run_folder / ".slurm" / "plan.json"
-
-
-# --- command line ------------------------------------------------------------------------------------------------
-
-# The arguments of a process on a node: ``PLAN PART ATTEMPT`` on the command line; its place is in the environment.
-#
-# Nothing secret is in either; the plan's file has that.
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,32 +124,29 @@ class Task:
         """Part and attempt, as the name of their folder has them."""
         return attempt_name(self.part, self.attempt)
 
+    @classmethod
+    def of_this_process(cls) -> Task:
+        """The arguments of this process.
+
+        Raises:
+            ConfigError: something is missing, or does not fit the plan.
+        """
+        if len(sys.argv) != 4 or not all(each.isdecimal() for each in sys.argv[2:]):
+            raise ConfigError("command line", " ".join(sys.argv[1:]), "PLAN PART ATTEMPT")
+        plan = Plan.read(Path(sys.argv[1]))
+        nodes = tuple(os.environ.get(NODES_VARIABLE, "").split())
+        if len(nodes) != plan.node_count or len(set(nodes)) != len(nodes):
+            allowed = f"the names of {plan.node_count} nodes, separated by spaces, each once"
+            raise ConfigError(NODES_VARIABLE, " ".join(nodes), allowed)
+        node = os.environ.get(NODE_VARIABLE, "")
+        if node not in nodes:
+            raise ConfigError(NODE_VARIABLE, node, f"one of the job's nodes, which are {' '.join(nodes)}")
+        return cls(plan, int(sys.argv[2]), int(sys.argv[3]), nodes, node)
+
 
 def attempt_name(part: int, attempt: int) -> str:
     """The name of an attempt's folder, e.g. ``"003.1"``."""
     return f"{part:03d}.{attempt}"
-
-
-def read_task(arguments: Sequence[str] = sys.argv, environment: Mapping[str, str] = os.environ) -> Task:
-    """The arguments of this process.
-
-    Raises:
-        ConfigError: something is missing, or does not fit the plan.
-    """
-    if len(arguments) != 4 or not all(each.isdecimal() for each in arguments[2:]):
-        raise ConfigError("command line", " ".join(arguments[1:]), "PLAN PART ATTEMPT")
-    plan = Plan.read(Path(arguments[1]))
-    nodes = tuple(environment.get(NODES_VARIABLE, "").split())
-    if len(nodes) != plan.node_count or len(set(nodes)) != len(nodes):
-        allowed = f"the names of {plan.node_count} nodes, separated by spaces, each once"
-        raise ConfigError(NODES_VARIABLE, " ".join(nodes), allowed)
-    node = environment.get(NODE_VARIABLE, "")
-    if node not in nodes:
-        raise ConfigError(NODE_VARIABLE, node, f"one of the job's nodes, which are {' '.join(nodes)}")
-    return Task(plan, int(arguments[2]), int(arguments[3]), nodes, node)
-
-
-# --- plan --------------------------------------------------------------------------------------------------------
 
 
 def run_task(run: Callable[[Task], int], *, failed: ExitCode) -> int:
@@ -200,12 +159,9 @@ def run_task(run: Callable[[Task], int], *, failed: ExitCode) -> int:
     dump_stacks_on_signal()
     raise_descriptor_limit()
     try:
-        task = read_task()
-        os.environ.update(task.plan.environment)
+        task = Task.of_this_process()
+        os.environ.update(task.plan.table.environment)
         return run(task)
-    except ConfigError as error:
-        print(*error_lines(error), sep="\n", file=sys.stderr)
-        return ExitCode.CONFIGURATION
     except DrayError as error:
         print(*error_lines(error), sep="\n", file=sys.stderr)
-        return failed
+        return ExitCode.CONFIGURATION if isinstance(error, ConfigError) else failed

@@ -1,31 +1,77 @@
-"""Slurm's commands to submit, query and cancel jobs, each with a time limit."""
+"""Slurm as dray uses it: batch scripts and durations in its form, and its commands, each with a time limit."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dray.errors import DrayError
+from dray.errors import ConfigError, DrayError
+
+# --- scripts and durations ---------------------------------------------------------------------------------------
+
+_DURATION = re.compile(r"(?:(?P<days>\d{1,4})-)?(?P<hours>\d{1,4}):(?P<minutes>[0-5]\d):(?P<seconds>[0-5]\d)")
+
+
+def render(name: str, **values: Any) -> str:
+    """The batch script rendered from the template `name` in the folder templates/.
+
+    The filter ``sh`` quotes a value as one word of the shell; `#SBATCH` lines have the same quoting.
+
+    Raises:
+        ModuleNotFoundError: Jinja2 is not installed.
+        jinja2.UndefinedError: `values` lacks a value of the template.
+    """
+    import jinja2  # here, because only the Slurm commands need it
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # it is a shell script
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["sh"] = lambda value: shlex.quote(str(value))
+    return environment.get_template(name).render(**values)
+
+
+def parse_duration(key: str, text: str) -> int:
+    """The seconds of a time ``"HH:MM:SS"`` or ``"D-HH:MM:SS"``.
+
+    Raises:
+        ConfigError: `text` does not have that form, or is 0; the error names `key`.
+    """
+    found = _DURATION.fullmatch(text)
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total == 0:
+        raise ConfigError(key, text, 'must be a time above 0 as "HH:MM:SS" or "D-HH:MM:SS"')
+    return total
+
+
+def format_duration(seconds: int) -> str:
+    """`seconds` in the form of Slurm's options, e.g. ``"01:30:00"`` or ``"1-00:00:00"``."""
+    days, rest = divmod(seconds, 24 * 3600)
+    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}-{clock}" if days else clock
+
+
+# --- commands ----------------------------------------------------------------------------------------------------
+
+# Each raises `SlurmError` if Slurm refuses or does not answer.
 
 COMMAND_SECONDS = 60.0
 """Time limit of a Slurm command; a busy slurmctld answers within seconds."""
 
-ENDED_STATES = frozenset(
-    {
-        "BOOT_FAIL",
-        "CANCELLED",
-        "COMPLETED",
-        "DEADLINE",
-        "FAILED",
-        "NODE_FAIL",
-        "OUT_OF_MEMORY",
-        "PREEMPTED",
-        "TIMEOUT",
-    }
-)
+ENDED_STATES = frozenset({
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED",
+    "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
+})  # fmt: skip
 """States of a job that has ended, unless it is being requeued."""
 
 
@@ -41,58 +87,31 @@ class JobView:
         number: the job id.
         state: Slurm's name of the state, e.g. ``"RUNNING"``.
         reason: the reason of the state, e.g. ``"Resources"``; ``"None"`` if there is none.
-        exit_code: exit code of the batch script; 0 while it runs.
-        signal: the signal that ended the batch script, or 0.
-        restarts: how many times the job was requeued.
-        nodes: Slurm's list of the job's nodes, e.g. ``"n[1-3]"``; ``""`` while it has none.
     """
 
     number: int
     state: str
-    reason: str
-    exit_code: int
-    signal: int
-    restarts: int
-    nodes: str
+    reason: str = "None"
 
     @property
     def ended(self) -> bool:
-        """Whether the job has ended."""
         return self.state in ENDED_STATES
 
     @classmethod
     def parse(cls, line: str) -> JobView:
         """The job in a line of ``scontrol --oneliner show job``."""
         fields = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", line))
-        exit_code, _, signal = fields["ExitCode"].partition(":")
-        nodes = fields.get("NodeList", "")
-        return cls(
-            number=int(fields["JobId"]),
-            state=fields["JobState"],
-            reason=fields.get("Reason", "None"),
-            exit_code=int(exit_code),
-            signal=int(signal or 0),
-            restarts=int(fields.get("Restarts", 0)),
-            nodes="" if nodes == "(null)" else nodes,
-        )
+        return cls(int(fields["JobId"]), fields["JobState"], fields.get("Reason", "None"))
 
 
 def submit(script: Path) -> int:
-    """Submit a batch script that contains its options; returns the job's number.
-
-    Raises:
-        SlurmError: Slurm rejected it; the message has the reason.
-    """
+    """Submit a batch script that contains its options; returns the job's number."""
     printed = run_command("sbatch", "--parsable", str(script))
     return int(printed.strip().partition(";")[0])  # "number;cluster" where there are several clusters
 
 
 def query_job(number: int) -> JobView:
-    """The present state of a job.
-
-    Raises:
-        SlurmError: Slurm has no such job, or does not answer.
-    """
+    """The present state of a job; raises `SlurmError` also if Slurm has no such job."""
     return JobView.parse(run_command("scontrol", "--oneliner", "show", "job", str(number)))
 
 
@@ -119,9 +138,6 @@ def known_jobs() -> dict[str, str]:
     """The states of the user's jobs by number, with the reason of a waiting one, e.g. ``"pending (Priority)"``.
 
     They include jobs that ended less than `MinJobAge` (300 s by default) ago.
-
-    Raises:
-        SlurmError: Slurm does not answer.
     """
     columns = ("--noheader", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r")
     found = {}
@@ -131,30 +147,21 @@ def known_jobs() -> dict[str, str]:
     return found
 
 
-def waiting_or_running() -> dict[str, str]:
-    """Those of `known_jobs` that have not ended."""
-    return {number: state for number, state in known_jobs().items() if not has_ended(state)}
-
-
 def has_ended(state: str) -> bool:
     """Whether a state from `known_jobs` is that of a job that has ended."""
     return state.upper() in ENDED_STATES
 
 
 def cancel(number: int) -> None:
-    """Cancel a job: Slurm sends it SIGTERM, later SIGKILL. A job that has ended is left as it is.
-
-    Raises:
-        SlurmError: Slurm refused, or does not answer.
-    """
+    """Cancel a job: Slurm sends it SIGTERM, later SIGKILL. A job that has ended is left as it is."""
     run_command("scancel", str(number))
 
 
-def run_command(name: str, *arguments: str, seconds: float = COMMAND_SECONDS) -> str:
+def run_command(name: str, *arguments: str) -> str:
     """The output of a Slurm command.
 
     Raises:
-        SlurmError: the command is not installed, did not end within `seconds`, or its exit code is not 0.
+        SlurmError: it is not installed, did not end within `COMMAND_SECONDS`, or its exit code is not 0.
     """
     try:
         done = subprocess.run(
@@ -162,13 +169,13 @@ def run_command(name: str, *arguments: str, seconds: float = COMMAND_SECONDS) ->
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=seconds,
+            timeout=COMMAND_SECONDS,
             start_new_session=True,  # Ctrl-C must not interrupt a submission half-way
         )
     except FileNotFoundError:
         raise SlurmError(f"{name} is not installed here; `dray slurm` needs Slurm's commands") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{name} did not end within {seconds:g} s") from None
+        raise SlurmError(f"{name} did not end within {COMMAND_SECONDS:g} s") from None
     if done.returncode != 0:
         output = " ".join((done.stderr or done.stdout).split())
         raise SlurmError(f"{name} failed: {output or f'exit code {done.returncode}'}")

@@ -8,18 +8,16 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from dray.errors import ConfigError
-from dray.jobs.folder import short_path
+from dray.jobs.folder import JobFolder, short_path
 from dray.jobs.replica.metrics import MEAN_RETURN
-from dray.jobs.slurm.batch_cli import cancel_marker
 from dray.jobs.slurm.plan import Plan, plan_path
-from dray.jobs.slurm.run_state import FILE_NAME, RunRecord, RunState
+from dray.jobs.slurm.run_state import FILE_NAME, RunRecord, RunState, cancel_marker
 from dray.jobs.slurm.scheduler import has_ended
 from dray.jobs.slurm.submit import submitted_job
 from dray.text import MAX_LINE, printable
@@ -57,35 +55,15 @@ class RunView:
 
     Attributes:
         in_slurm: Slurm's state of the job; empty if it is neither waiting nor running.
-        restarts: number of attempts before the newest.
+        cells: the values of `COLUMNS`.
         remarks: lines below the table.
     """
 
     folder: Path
-    job_id: str
     state: str
     in_slurm: str
-    part: str
-    progress: RunProgress
-    max_steps: int
-    restarts: int
-    remaining_retries: int
+    cells: tuple[str, ...]
     remarks: tuple[str, ...]
-
-    def cells(self) -> tuple[str, ...]:
-        """The values of `COLUMNS`."""
-        return (
-            self.job_id or "-",
-            short_path(self.folder),
-            self.state,
-            self.in_slurm or "-",
-            self.part,
-            f"{self.progress.step}/{self.max_steps}",
-            "-" if self.progress.mean_return is None else f"{self.progress.mean_return:.1f}",
-            "-" if math.isnan(self.progress.rate) else f"{self.progress.rate:.2f}",
-            str(self.restarts),
-            str(self.remaining_retries),
-        )
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:
@@ -119,18 +97,22 @@ def view_run(folder: Path, jobs: Mapping[str, str]) -> RunView:
     in_slurm = "" if has_ended(in_slurm) else in_slurm
     state = shown_state(record.state, in_slurm, cancelled=cancelled)
     running = record.state is RunState.RUNNING
-    return RunView(
-        folder=folder,
-        job_id=job_id,
-        state=state,
-        in_slurm=in_slurm,
-        part=f"{record.part}.{record.attempt}" if record.part else "-",
-        progress=read_progress(folder / "metrics.jsonl"),
-        max_steps=Plan.read(plan_path(folder)).config.job.max_steps,
-        restarts=len(record.ends) if running else max(0, len(record.ends) - 1),
-        remaining_retries=record.remaining_retries,
-        remarks=tuple(_remarks(folder, record, state)),
+    attempts_before = len(record.ends) if running else max(0, len(record.ends) - 1)
+    progress = read_progress(JobFolder(folder).metrics)
+    max_steps = Plan.read(plan_path(folder)).config.job.max_steps
+    cells = (
+        job_id or "-",
+        short_path(folder),
+        state,
+        in_slurm or "-",
+        f"{record.part}.{record.attempt}" if record.part else "-",
+        f"{progress.step}/{max_steps}",
+        "-" if progress.mean_return is None else f"{progress.mean_return:.1f}",
+        "-" if math.isnan(progress.rate) else f"{progress.rate:.2f}",
+        str(attempts_before),
+        str(record.remaining_retries),
     )
+    return RunView(folder, state, in_slurm, cells, tuple(_remarks(folder, record, state)))
 
 
 def shown_state(state: RunState, in_slurm: str, *, cancelled: bool) -> str:
@@ -152,8 +134,11 @@ def read_progress(metrics: Path) -> RunProgress:
             continue
     if not lines:
         return RunProgress()
-    last = lines[-1]
-    return RunProgress(last["step"], last.get(MEAN_RETURN), _rate(lines))
+    first, last = lines[0], lines[-1]
+    # Seconds and bytes are cumulative, also over restarts.
+    seconds = last["seconds"] - first["seconds"]
+    rate = (last["bytes"] - first["bytes"]) / seconds / 1e6 if seconds > 0 else math.nan
+    return RunProgress(last["step"], last.get(MEAN_RETURN), rate)
 
 
 def status_table(views: Sequence[RunView]) -> RenderableType:
@@ -162,7 +147,7 @@ def status_table(views: Sequence[RunView]) -> RenderableType:
     for name in COLUMNS:
         table.add_column(name, no_wrap=True)
     for view in views:
-        table.add_row(*(Text(printable(cell, MAX_LINE)) for cell in view.cells()))
+        table.add_row(*(Text(printable(cell, MAX_LINE)) for cell in view.cells))
     remarks = [
         Text(printable(f"{short_path(view.folder)}: {line}", MAX_LINE)) for view in views for line in view.remarks
     ]
@@ -173,7 +158,7 @@ def plain_lines(views: Sequence[RunView]) -> Iterator[str]:
     """The same as plain text: one line for each run, followed by its remarks."""
     for view in views:
         yield "  ".join(
-            f"{name} {printable(cell, MAX_LINE)}" for name, cell in zip(COLUMNS, view.cells(), strict=True)
+            f"{name} {printable(cell, MAX_LINE)}" for name, cell in zip(COLUMNS, view.cells, strict=True)
         )
         yield from (f"  {printable(line, MAX_LINE)}" for line in view.remarks)
 
@@ -195,13 +180,6 @@ def _remarks(folder: Path, record: RunRecord, state: str) -> Iterator[str]:
     if record.part and state in (RunState.FAILED, RunState.RETRYING, "lost"):
         log = record.folder(folder).logs / "head.out"
         yield from (f"{log.name}: {line}" for line in _tail(log, LOG_LINES))
-
-
-def _rate(lines: Sequence[Mapping[str, Any]]) -> float:
-    """The throughput over `lines`; their seconds and bytes are cumulative, also over restarts."""
-    first, last = lines[0], lines[-1]
-    seconds = last["seconds"] - first["seconds"]
-    return float((last["bytes"] - first["bytes"]) / seconds / 1e6) if seconds > 0 else math.nan
 
 
 def _tail(path: Path, count: int) -> list[str]:

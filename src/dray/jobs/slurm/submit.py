@@ -19,9 +19,10 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,17 @@ from dray.jobs.folder import RunOptions
 from dray.jobs.job_file import parse_job
 from dray.jobs.launch.output import KEY, RESUME_NEEDS, choose_folder, has_metrics, make_run_folder, remove_empty
 from dray.jobs.slurm import scheduler
-from dray.jobs.slurm.batch_cli import cancel_marker, read_stopped_run, refuse_folder_in_use
-from dray.jobs.slurm.placement import configured_layout, placements, rollout_nodes_of
+from dray.jobs.slurm.placement import placements
 from dray.jobs.slurm.plan import Plan
-from dray.jobs.slurm.run_state import FILE_NAME, RunRecord, RunState
-from dray.jobs.slurm.script import batch_script
+from dray.jobs.slurm.run_state import (
+    FILE_NAME,
+    RunEvent,
+    RunRecord,
+    RunState,
+    cancel_marker,
+    read_stopped_run,
+    refuse_folder_in_use,
+)
 
 # --- snapshot ----------------------------------------------------------------------------------------------------
 
@@ -104,6 +111,46 @@ def _within_limits(source: Path, entries: Iterable[Path]) -> list[Path]:
     return found
 
 
+# --- script ------------------------------------------------------------------------------------------------------
+
+GUARD_INTERVAL = 15
+"""Seconds between two checks that the batch script's node still belongs to the job."""
+
+END_MARGIN = 15
+"""Seconds that the other nodes have beyond `timeouts.shutdown` after the head process has ended."""
+
+_FORBIDDEN = frozenset("\\\"'")
+
+
+def _batch_script(plan: Plan) -> str:
+    """The complete batch script of a run; raises `ConfigError` for times or a folder that cannot be."""
+    table, shutdown = plan.table, plan.config.timeouts.shutdown
+    limit = scheduler.parse_duration("slurm.time", table.time)
+    if not shutdown < table.pre_timeout:
+        allowed = f"must be more than timeouts.shutdown, which is {shutdown:g} s"
+        raise ConfigError("slurm.pre_timeout", table.pre_timeout, allowed)
+    if not table.pre_timeout < limit:
+        allowed = f"must be less than slurm.time, which is {limit} s"
+        raise ConfigError("slurm.pre_timeout", table.pre_timeout, allowed)
+    folder = str(plan.run_folder)
+    if not folder.isprintable() or _FORBIDDEN & set(folder):
+        allowed = "must be, for Slurm, a folder without quotes and backslashes in its name"
+        raise ConfigError("job.output", folder, allowed)
+    return scheduler.render(
+        "job.sh.j2",
+        table=table,
+        job_name=f"dray-{plan.config.job.name}",
+        nodes=plan.node_count,
+        run_folder=folder,
+        plan=plan.path,
+        # All that is known of an image is that its python3 has dray.
+        python="python3" if table.container_image else sys.executable,
+        container_mounts=[f"{folder}:{folder}", *table.container_mounts],
+        guard_interval=GUARD_INTERVAL,
+        end_timeout=int(shutdown) + END_MARGIN,
+    )
+
+
 # --- submit ------------------------------------------------------------------------------------------------------
 
 _PARTITION_OPTIONS = ("-p", "--partition", "-M", "--cluster")
@@ -116,34 +163,22 @@ class Submission:
 
     Attributes:
         record: the record that the run will have; None if the run has finished.
+        layout: one line for each node, with the processes on it.
         new_folders: the folders that were created for the run, innermost first.
     """
 
     plan: Plan
     script: str
     record: RunRecord | None
-    new_folders: Sequence[Path] = ()
-
-    def layout_lines(self) -> Iterator[str]:
-        """One line for each node, with the processes on it."""
-        names = [str(number) for number in range(self.plan.node_count)]
-        placed = placements(self.plan, names)
-        for name in names:
-            shown = ["controller", "Redis"] if name == names[0] else []
-            for each in placed:
-                if name in each.nodes:
-                    spanned = "" if name == each.node else ", spanned"
-                    gpus = f" (GPU {','.join(map(str, each.gpus))})" if each.gpus else ""
-                    shown.append(f"{each.name}{spanned}{gpus}")
-            yield f"node {name}: {', '.join(shown)}"
+    layout: Sequence[str]
+    new_folders: Sequence[Path]
 
 
-def with_options(config: JobConfig, options: Mapping[str, Any], nodes: int | None = None) -> JobConfig:
+def with_options(config: JobConfig, options: Mapping[str, Any]) -> JobConfig:
     """`config` with `options` applied to `[slurm]`: lists and tables are extended, other values are replaced.
 
     Args:
-        options: values by key; None leaves a key unchanged.
-        nodes: total number of nodes; those beyond `policy_nodes` are for rollouts.
+        options: values by key; None leaves a key unchanged. ``"nodes"`` is the number of nodes of both roles.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -156,11 +191,14 @@ def with_options(config: JobConfig, options: Mapping[str, Any], nodes: int | Non
             table[key] = {**table[key], **value}
         elif value is not None:
             table[key] = value
+    nodes = table.pop("nodes", None)
     checked = parse_job({**config.model_dump(mode="json"), "slurm": table})
     if nodes is None:
         return checked
-    assert checked.slurm is not None
-    rollout_nodes = rollout_nodes_of(nodes, checked.slurm.policy_nodes)
+    rollout_nodes = nodes - table["policy_nodes"]
+    if rollout_nodes < 0:
+        allowed = f"must be at least slurm.policy_nodes, which is {table['policy_nodes']}"
+        raise ConfigError("--nodes", nodes, allowed)
     return with_options(checked, {"rollout_nodes": rollout_nodes})
 
 
@@ -174,7 +212,7 @@ def prepare(config: JobConfig, job_file: Path, *, resume: bool, make: bool = Fal
         ConfigError: a value is not allowed, or the folder belongs to another run.
     """
     table = config.slurm or SlurmTable()
-    layout = configured_layout(config)
+    layout = list(_layout_lines(config, [str(node) for node in range(table.policy_nodes + table.rollout_nodes)]))
     made: Sequence[Path] = ()
     if make and not resume:
         root, made = make_run_folder(lambda: run_folder(config, resume=False), new=config.job.output is None)
@@ -183,20 +221,23 @@ def prepare(config: JobConfig, job_file: Path, *, resume: bool, make: bool = Fal
     with ExitStack() as undo:
         undo.callback(remove_empty, made)
         record = _record(root, table.retries, resume=resume)
-        plan = Plan(
-            config=config,
-            job_file=_code_folder(root) / job_file.name if table.snapshot else job_file.absolute(),
-            run_folder=root,
-            secret=secrets.token_bytes(32),
-            policy=layout.policy,
-            rollout=layout.rollout,
-            interface=table.interface,
-            retries=table.retries,
-            environment=table.environment,
-        )
-        submission = Submission(plan, batch_script(plan), record, made)
+        code = root / ".slurm" / "code" / job_file.name if table.snapshot else job_file.absolute()
+        plan = Plan(config, code, root, secrets.token_bytes(32))
+        submission = Submission(plan, _batch_script(plan), record, layout, made)
         undo.pop_all()
         return submission
+
+
+def _layout_lines(config: JobConfig, nodes: Sequence[str]) -> Iterator[str]:
+    placed = placements(config, nodes)
+    for node in nodes:
+        shown = ["controller", "Redis"] if node == nodes[0] else []
+        for each in placed:
+            if node in each.nodes:
+                spanned = "" if node == each.node else ", spanned"
+                gpus = f" (GPU {','.join(map(str, each.gpus))})" if each.gpus else ""
+                shown.append(f"{each.name}{spanned}{gpus}")
+        yield f"node {node}: {', '.join(shown)}"
 
 
 def submit(submission: Submission, job_file: Path, options: RunOptions | None = None) -> int:
@@ -213,9 +254,12 @@ def submit(submission: Submission, job_file: Path, options: RunOptions | None = 
     """
     assert submission.record is not None
     plan, root = submission.plan, submission.plan.run_folder
-    _check_node_count(plan)
+    try:
+        _check_node_count(plan)
+    except ConfigError:
+        remove_empty(submission.new_folders)
+        raise
     made = submission.new_folders or make_run_folder(lambda: root, new=False)[1]
-    is_new = bool(made)
     os.close(open_own_folder(root, KEY))
     previous = RunRecord.read(root) if _was_submitted(root) else None
     try:
@@ -229,7 +273,7 @@ def submit(submission: Submission, job_file: Path, options: RunOptions | None = 
         submission.record.write(root)
         number = scheduler.submit(script)
     except BaseException:
-        if is_new:
+        if made:
             shutil.rmtree(root, ignore_errors=True)
             remove_empty(made)
         elif previous is not None:
@@ -262,47 +306,42 @@ def run_folder(config: JobConfig, *, resume: bool) -> Path:
     return root
 
 
-def _was_submitted(root: Path) -> bool:
-    return (root / FILE_NAME).exists()
-
-
 def _is_used(root: Path) -> bool:
     return _was_submitted(root) or has_metrics(root)
 
 
-def _record(root: Path, retries: int, *, resume: bool) -> RunRecord | None:
-    """The record that the run will have, None if the run has finished.
+def _was_submitted(root: Path) -> bool:
+    return (root / FILE_NAME).exists()
 
-    Raises:
-        ConfigError: a job of this run is waiting or running.
-    """
+
+def _record(root: Path, retries: int, *, resume: bool) -> RunRecord | None:
+    """The record that the run will have, None if it has finished; `ConfigError` if it has a job in the queue."""
     if not resume or not _was_submitted(root):
         return RunRecord(RunState.SUBMITTED, retries)
     if RunRecord.read(root).state is RunState.FINISHED:
         return None
-    if (number := submitted_job(root)) in scheduler.waiting_or_running():
+    number = submitted_job(root)
+    state = scheduler.known_jobs().get(number)
+    if state is not None and not scheduler.has_ended(state):
         allowed = f"must be a run without a waiting or running job; `scancel {number}` ends job {number}"
         raise ConfigError("--resume", str(root), allowed, f"cannot resume the run in {root}")
     refuse_folder_in_use(root)
-    record = read_stopped_run(root, retries)
-    return None if record.state is RunState.FINISHED else record.resume(retries)
+    record = read_stopped_run(root)
+    if record.state is RunState.FINISHED:
+        return None
+    return replace(record.apply(RunEvent.RESUME), remaining_retries=retries)
 
 
 def _check_node_count(plan: Plan) -> None:
     """Raise `ConfigError` if the job needs more nodes than its partition has: it would never begin."""
-    table = plan.config.slurm or SlurmTable()
+    table = plan.table
     if "SBATCH_PARTITION" in os.environ or any(each.startswith(_PARTITION_OPTIONS) for each in table.sbatch_args):
         return
     count = scheduler.partition_nodes(table.partition)
     if count is not None and plan.node_count > count:
         partition = f"partition {table.partition}" if table.partition else "the default partition"
-        raise ConfigError(
-            "--nodes", plan.node_count, f"must be at most {count}, the number of nodes of {partition}"
-        )
-
-
-def _code_folder(root: Path) -> Path:
-    return root / ".slurm" / "code"
+        allowed = f"must be at most {count}, the number of nodes of {partition}"
+        raise ConfigError("--nodes", plan.node_count, allowed)
 
 
 def _job_id_file(root: Path) -> Path:

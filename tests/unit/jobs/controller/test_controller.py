@@ -9,7 +9,6 @@ import httpx
 import pytest
 
 from dray.jobs.controller.app import MAX_BODY, Controller, record_status
-from dray.jobs.controller.state import Outcome, Progress
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.job_file import parse_job
 from dray.jobs.launch.shutdown import recorded_status
@@ -119,7 +118,9 @@ def test_controller_answers_while_it_writes_the_metrics_of_many_replicas(spec: J
         metrics = {f"metric {number}": 1.0 for number in range(256)}
         for number in range(200):
             controller.membership.register(f"rollout-{number}", Role.ROLLOUT, "a", 1)
-            controller.membership.note_request(f"rollout-{number}", "a", Progress(metrics=metrics))
+            controller.membership.note_request(
+                f"rollout-{number}", "a", models.ProgressReport(doing="training", seconds=0.0, metrics=metrics)
+            )
         written = asyncio.create_task(call("/metrics"))
         for _ in range(5):
             assert (await call("/heartbeat", {**POLICY, "progress": PROGRESS})).status_code == 200
@@ -384,7 +385,7 @@ def test_outcome_is_recorded_once_when_it_is_decided(spec: JobSpec) -> None:
         controller.membership.register("policy-0", Role.POLICY, "b", 2)
         await controller.reap_once()
         assert recorded == []
-        controller.membership.stop(Outcome("solved", "score 5"))
+        controller.membership.stop("solved", "score 5")
         await controller.reap_once()
         await controller.interrupt("SIGTERM")
 
@@ -397,7 +398,13 @@ def test_outcome_is_recorded_once_when_it_is_decided(spec: JobSpec) -> None:
 def test_recorded_status_is_strict_json_and_read_as_it_was(spec: JobSpec) -> None:
     controller = Controller(spec)
     controller.membership.register("policy-0", Role.POLICY, "b", 2)
-    report = Progress(counters={"mean_return": float("inf")}, metrics={"loss": float("-inf")}, warnings=["x"])
+    report = models.ProgressReport(
+        doing="training",
+        seconds=0.0,
+        counters={"mean_return": float("inf")},
+        metrics={"loss": float("-inf")},
+        warnings=["x"],
+    )
     controller.membership.note_request("policy-0", "b", report)
     status = controller.status()
     spec.folder.run.mkdir()

@@ -1,15 +1,16 @@
 """`GET /metrics`, read as Prometheus reads it."""
 
 import math
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
 from dray.jobs.controller.metrics import FAMILIES, FIGURES, JobMetrics
-from dray.jobs.controller.state import Membership, Progress
+from dray.jobs.controller.state import Membership
 from dray.jobs.controller.work_queue import WorkQueue
-from dray.jobs.messages.models import Role
+from dray.jobs.messages.models import ProgressReport, Role
 
 CONNECTIONS = {UNPROVEN_CLOSED: 7, ACCEPT_FAILURES: 2}
 HOSTILE = {
@@ -26,7 +27,11 @@ HOSTILE = {
 }
 
 
-def members(**progress: Progress) -> Membership:
+def report_of(**given: Any) -> ProgressReport:
+    return ProgressReport(doing="training", seconds=0.0, **given)
+
+
+def members(**progress: ProgressReport) -> Membership:
     """A membership with these replicas; ``policy_0`` stands for ``policy-0``."""
     membership = Membership({Role.ROLLOUT: 1, Role.POLICY: 1}, WorkQueue(4, 5), dead_after=3.0, start_timeout=3.0)
     for key, value in progress.items():
@@ -73,16 +78,17 @@ def test_names_of_counters_end_in_total_and_those_of_gauges_do_not() -> None:
 
 
 def test_every_sample_names_the_job_and_figures_the_replica() -> None:
-    report = Progress(counters={each.reported: 3.0 for each in FIGURES}, ages={"payload": 1.5}, metrics=HOSTILE)
+    report = report_of(counters={each.reported: 3.0 for each in FIGURES}, ages={"payload": 1.5}, metrics=HOSTILE)
     found = read(members(policy_0=report, rollout_0=report))
     assert all(("job", "small") in each for samples in found.values() for each in samples)
     assert set(found) == {each.name for each in FAMILIES}
     for figure in FIGURES:
+        assert figure.role is not None
         assert found[figure.name] == {labels(replica=f"{figure.role.value}-0"): 3.0}
 
 
 def test_job_is_described_by_its_phase_members_work_items_and_stall() -> None:
-    membership = members(policy_0=Progress(), rollout_0=Progress(ages={"payload": 1.5}))
+    membership = members(policy_0=report_of(), rollout_0=report_of(ages={"payload": 1.5}))
     membership.work_items.assign("rollout-0", 3)
     found = read(membership, stalled=31.5)
     assert found["dray_job_phase"][labels(phase="running")] == 1.0
@@ -101,8 +107,8 @@ def test_job_is_described_by_its_phase_members_work_items_and_stall() -> None:
 
 def test_metrics_of_the_trainer_are_one_family_and_change_no_figure() -> None:
     figures = {"step": 4.0, "payloads": 32.0, "bytes": 1000.0}
-    plain = read(members(policy_0=Progress(counters=figures)))
-    found = read(members(policy_0=Progress(counters=figures, metrics=HOSTILE)))
+    plain = read(members(policy_0=report_of(counters=figures)))
+    found = read(members(policy_0=report_of(counters=figures, metrics=HOSTILE)))
     users = found.pop("dray_user_metric")
     assert found == plain
     assert {dict(each)["name"] for each in users} == set(HOSTILE)

@@ -1,8 +1,17 @@
 import pytest
 
-from dray.jobs.controller.state import Membership, Outcome, Progress, final_phase
+from dray.jobs.controller.state import TRANSITIONS, Membership, final_phase
 from dray.jobs.controller.work_queue import WorkQueue
-from dray.jobs.messages.models import FailedAttempt, MembershipError, MemberState, OutcomeKind, Phase, Role
+from dray.jobs.messages.models import (
+    FailedAttempt,
+    MembershipError,
+    MemberState,
+    OutcomeKind,
+    OutcomeReport,
+    Phase,
+    ProgressReport,
+    Role,
+)
 
 
 class ManualClock:
@@ -24,10 +33,19 @@ def job(clock: ManualClock) -> Membership:
     return Membership(expected, WorkQueue(8), dead_after=10, start_timeout=60, clock=clock)
 
 
+def outcome(kind: OutcomeKind, reason: str, cause: int | None = None) -> OutcomeReport:
+    return OutcomeReport(kind=kind, reason=reason, cause=cause)
+
+
 def start(job: Membership) -> None:
     job.register("rollout-0", Role.ROLLOUT, "a", 1)
     job.register("rollout-1", Role.ROLLOUT, "b", 2)
     job.register("policy-0", Role.POLICY, "c", 3)
+
+
+def test_final_phases_have_no_way_out() -> None:
+    assert not any(phase.is_final for phase, _ in TRANSITIONS)
+    assert {phase for phase in Phase if phase.is_final} == {Phase.DONE, Phase.INTERRUPTED, Phase.FAILED}
 
 
 def test_job_runs_once_one_replica_of_each_role_is_there(job: Membership) -> None:
@@ -62,7 +80,7 @@ def test_silent_replica_is_reaped_and_its_work_items_are_given_again(job: Member
     start(job)
     assert job.work_items.assign("rollout-0", 2) == [0, 1]
     clock.time += 6
-    job.note_request("rollout-1", "b", Progress("rollout", 1.0))
+    job.note_request("rollout-1", "b", ProgressReport(doing="rollout", seconds=1.0))
     job.note_request("policy-0", "c")
     clock.time += 6
     job.reap()
@@ -121,7 +139,7 @@ def test_job_without_policy_fails(job: Membership) -> None:
     job.left("rollout-0", "a", "job over")
     job.left("rollout-1", "b", "job over")
     assert job.phase is Phase.FAILED
-    assert job.outcome == Outcome("failed", "no policy replica is left: policy-0: killed by signal 9")
+    assert job.outcome == outcome("failed", "no policy replica is left: policy-0: killed by signal 9")
 
 
 def test_late_report_of_the_end_of_an_earlier_process_changes_nothing_for_its_successor(job: Membership) -> None:
@@ -140,7 +158,7 @@ def test_job_continues_without_one_rollout_replica_and_fails_without_any(job: Me
     assert job.phase is Phase.RUNNING
     job.died("rollout-1", Role.ROLLOUT, "killed by signal 9")
     assert job.phase is Phase.DRAINING
-    assert job.outcome == Outcome("failed", "no rollout replica is left: rollout-0: killed by signal 9")
+    assert job.outcome == outcome("failed", "no rollout replica is left: rollout-0: killed by signal 9")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +183,7 @@ def test_job_fails_for_the_first_end_that_is_no_consequence_of_another(
         else:
             job.left(name, "a" if name == "rollout-0" else "b", f"code {code}", exit_code=code)
     code = dict(ends)[cause]
-    assert job.outcome == Outcome("failed", f"no rollout replica is left: {cause}: code {code}", code)
+    assert job.outcome == outcome("failed", f"no rollout replica is left: {cause}: code {code}", code)
 
 
 def test_words_of_a_replica_that_has_left_stand_when_its_process_has_ended(job: Membership) -> None:
@@ -173,7 +191,7 @@ def test_words_of_a_replica_that_has_left_stand_when_its_process_has_ended(job: 
     job.left("policy-0", "c", "Trainer.weights() returned None", exit_code=17)
     job.died("policy-0", Role.POLICY, "the user's class returned what cannot be used", exit_code=17)
     assert job.members["policy-0"].reason == "Trainer.weights() returned None"
-    assert job.outcome == Outcome(
+    assert job.outcome == outcome(
         "failed", "no policy replica is left: policy-0: Trainer.weights() returned None", 17
     )
 
@@ -199,15 +217,15 @@ def test_wait_for_a_rollout_replica_that_never_came_is_bounded(job: Membership, 
 
 def test_solved_job_is_done_when_the_last_has_left_and_stays_done(job: Membership) -> None:
     start(job)
-    job.stop(Outcome("solved", "evaluation_return 480 at step 40"))
-    job.stop(Outcome("interrupted", "SIGINT"))
+    job.stop("solved", "evaluation_return 480 at step 40")
+    job.stop("interrupted", "SIGINT")
     job.left("rollout-0", "a", "job over")
     job.left("policy-0", "c", "job over")
     job.left("policy-0", "c", "job over")
     assert job.phase is Phase.DRAINING
     job.died("rollout-1", Role.ROLLOUT, "killed by signal 15")
     assert job.phase is Phase.DONE
-    job.stop(Outcome("interrupted", "SIGTERM"))
+    job.stop("interrupted", "SIGTERM")
     job.reap()
     assert job.phase is Phase.DONE
     assert job.outcome is not None
@@ -216,7 +234,7 @@ def test_solved_job_is_done_when_the_last_has_left_and_stays_done(job: Membershi
 
 def test_draining_job_takes_no_new_member_and_gives_no_work_item_again(job: Membership) -> None:
     start(job)
-    job.stop(Outcome("interrupted", "SIGINT"))
+    job.stop("interrupted", "SIGINT")
     with pytest.raises(MembershipError, match="the job has been interrupted and takes no new members: SIGINT"):
         job.register("rollout-2", Role.ROLLOUT, "d", 4)
 
@@ -232,7 +250,7 @@ def test_draining_job_takes_no_new_member_and_gives_no_work_item_again(job: Memb
     ],
 )
 def test_z9_last_phase_of_a_job_is_that_of_its_outcome(job: Membership, kind: OutcomeKind, phase: Phase) -> None:
-    job.stop(Outcome(kind, "because"))
+    job.stop(kind, "because")
     assert job.phase is phase is final_phase(kind)
     with pytest.raises(MembershipError, match="takes no new members: because"):
         job.register("rollout-0", Role.ROLLOUT, "a", 1)
@@ -263,7 +281,7 @@ def test_job_continues_while_its_policy_is_restarted(clock: ManualClock) -> None
     job.died("policy-0", Role.POLICY, "the user's class raised")
     assert job.phase is Phase.DRAINING
     reason = "no policy replica is left: policy-0: train_step raised ValueError"
-    assert job.outcome == Outcome("failed", reason, 10)
+    assert job.outcome == outcome("failed", reason, 10)
 
 
 def test_job_does_not_wait_for_a_policy_that_would_come_to_the_same_again(clock: ManualClock) -> None:
@@ -271,7 +289,7 @@ def test_job_does_not_wait_for_a_policy_that_would_come_to_the_same_again(clock:
     job.register("policy-1", Role.POLICY, "e", 5)
     job.left("policy-0", "c", "Trainer.weights() returned None", exit_code=17)
     reason = "the policy group has lost 1 of its 2: policy-0: Trainer.weights() returned None"
-    assert job.outcome == Outcome("failed", reason, 17)
+    assert job.outcome == outcome("failed", reason, 17)
 
 
 def test_job_does_not_wait_without_end_for_its_policy(clock: ManualClock) -> None:
@@ -282,14 +300,14 @@ def test_job_does_not_wait_without_end_for_its_policy(clock: ManualClock) -> Non
         for name, incarnation in (("rollout-0", "a"), ("rollout-1", "b")):
             job.note_request(name, incarnation)
         job.reap()
-    assert job.outcome == Outcome("failed", "no policy replica is left: policy-0: killed by signal 9")
+    assert job.outcome == outcome("failed", "no policy replica is left: policy-0: killed by signal 9")
 
 
 def test_group_that_has_lost_one_and_is_not_restarted_fails_the_job(clock: ManualClock) -> None:
     job = restartable(clock, ranks=2)
     job.register("policy-1", Role.POLICY, "e", 5)
     job.died("policy-1", Role.POLICY, "killed by signal 9")
-    assert job.outcome == Outcome("failed", "the policy group has lost 1 of its 2: policy-1: killed by signal 9")
+    assert job.outcome == outcome("failed", "the policy group has lost 1 of its 2: policy-1: killed by signal 9")
 
 
 def with_rollout_restarts(clock: ManualClock) -> Membership:
@@ -306,7 +324,7 @@ def test_job_continues_while_its_only_rollout_replica_is_restarted(clock: Manual
     assert job.phase is Phase.RUNNING
     job.register("rollout-0", Role.ROLLOUT, "b", 2)
     job.died("rollout-0", Role.ROLLOUT, "killed by signal 9", pid=2, exit_code=-9)
-    assert job.outcome == Outcome("failed", "no rollout replica is left: rollout-0: killed by signal 9", -9)
+    assert job.outcome == outcome("failed", "no rollout replica is left: rollout-0: killed by signal 9", -9)
 
 
 @pytest.mark.parametrize("exit_code", [0, 2, 17])
@@ -315,7 +333,7 @@ def test_rollout_replica_that_ends_with_what_comes_again_is_not_waited_for(
 ) -> None:
     job = with_rollout_restarts(clock)
     job.left("rollout-0", "a", "because", exit_code=exit_code)
-    assert job.outcome == Outcome("failed", "no rollout replica is left: rollout-0: because", exit_code)
+    assert job.outcome == outcome("failed", "no rollout replica is left: rollout-0: because", exit_code)
 
 
 def test_job_does_not_wait_without_end_for_a_rollout_replica(clock: ManualClock) -> None:
@@ -327,7 +345,7 @@ def test_job_does_not_wait_without_end_for_a_rollout_replica(clock: ManualClock)
         job.note_request("policy-0", "c")
         job.reap()
     reason = "no rollout replica is left: rollout-0: Worker.setup() raised ValueError"
-    assert job.outcome == Outcome("failed", reason, 10)
+    assert job.outcome == outcome("failed", reason, 10)
 
 
 def fail_next(job: Membership, count: int) -> None:
@@ -350,4 +368,4 @@ def test_job_fails_when_work_items_in_a_row_are_given_up(clock: ManualClock) -> 
     fail_next(job, 3)
     assert job.phase is Phase.RUNNING
     fail_next(job, 1)
-    assert job.outcome == Outcome("failed", "2 work items in a row were given up: rollout-0: it broke", 10)
+    assert job.outcome == outcome("failed", "2 work items in a row were given up: rollout-0: it broke", 10)

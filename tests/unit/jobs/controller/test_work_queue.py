@@ -20,7 +20,7 @@ def test_work_items_of_a_dead_holder_are_given_first_and_published_ones_are_not(
     assert ledger.assign("b", 4) == [13, 11, 12]
     assert ledger.statistics()["given_again"] == 2
     ledger.finished([10, 11, 12, 13])
-    assert ledger.outstanding == 0
+    assert ledger.under_way().unfinished == []
 
 
 def test_published_by_a_replica_that_does_not_hold_it_is_ignored() -> None:
@@ -77,7 +77,7 @@ def test_work_item_is_given_up_after_its_last_attempt_and_makes_room() -> None:
     assert not ledger.failed("a", 0, 1)
     ledger.assign("a", 1)
     assert ledger.failed("a", 0, 2)
-    assert ledger.unfinished() == ([], 1)
+    assert (ledger.under_way().unfinished, ledger.under_way().next) == ([], 1)
     assert ledger.assign("a", 1) == [1]
     assert (ledger.failed_attempts, ledger.given_up, ledger.given_up_in_a_row) == (2, 1, 1)
     ledger.published("a", [1])
@@ -101,9 +101,9 @@ def test_work_item_with_several_payloads_is_finished_with_the_last_of_them() -> 
     ledger.published("a", [0])
     ledger.finished_parts([(0, 0, 3), (0, 1, 3)])
     assert ledger.assign("b", 1) == []
-    assert ledger.partly_finished() == [(0, 0, 3), (0, 1, 3)]
+    assert ledger.under_way().finished_parts == [(0, 0, 3), (0, 1, 3)]
     ledger.finished_parts([(0, 2, 3)])
-    assert ledger.partly_finished() == []
+    assert ledger.under_way().finished_parts == []
     assert ledger.assign("b", 1) == [1]
 
 
@@ -112,7 +112,7 @@ def test_payloads_of_a_finished_work_item_are_ignored() -> None:
     ledger.assign("a", 1)
     ledger.finished([0])
     ledger.finished_parts([(0, 0, 2)])
-    assert ledger.partly_finished() == []
+    assert ledger.under_way().finished_parts == []
 
 
 def test_seeds_differ_by_index_and_by_job_and_stay_the_same() -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from waiting import ends_within
 
-from dray.jobs.descendants import child_pids
 from dray.jobs.launch.processes import Child
+from dray.jobs.process import child_pids
 
 
 def child(tmp_path: Path, program: str) -> Child:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dray.jobs.launch.display import Display, FigureReader
+from dray.jobs.launch.display import Display, Figures
 from dray.jobs.messages.models import MemberState, MemberStatus, Phase, ProgressReport, Role, Status
 
 HOSTILE = {
@@ -52,7 +52,7 @@ def status(seconds: float, step: int, nbytes: int, **changes: Any) -> Status:
 
 
 def test_rate_follows_the_bytes() -> None:
-    reader = FigureReader(100)
+    reader = Figures(100)
     assert reader.read(status(0, 0, 0)).rate == 0
     for second in range(1, 30):
         figures = reader.read(status(second, second, second * 2_000_000))
@@ -64,7 +64,7 @@ def test_rate_follows_the_bytes() -> None:
 
 
 def test_rate_leaves_out_the_bytes_of_the_training_that_a_policy_resumes_from() -> None:
-    reader = FigureReader(100)
+    reader = Figures(100)
     for second, nbytes in enumerate((None, 9_000_000_000, 9_000_000_000, None, 5_000_000_000)):
         counters = {} if nbytes is None else {"bytes": float(nbytes)}
         assert reader.read(status(second, 0, 0, counters=counters)).rate == 0
@@ -104,7 +104,7 @@ def shown(*statuses: Status, terminal: bool) -> str:
 
 @pytest.mark.parametrize("metrics", [{}, HOSTILE], ids=["none", "hostile"])
 def test_metrics_of_the_trainer_change_no_figure(metrics: Mapping[str, float]) -> None:
-    line = FigureReader(100).read(status(3, 12, 1000, metrics=metrics)).line()
+    line = Figures(100).read(status(3, 12, 1000, metrics=metrics)).line()
     own, _, users = line.partition("  metrics ")
     assert own == (
         "   3.0 s  running  step 12/100  mean return 21.5  payloads 192  throughput 0.00 MB/s  "
@@ -119,7 +119,7 @@ def test_metrics_of_the_trainer_change_no_figure(metrics: Mapping[str, float]) -
 
 
 def test_metrics_beyond_a_number_are_counted() -> None:
-    line = FigureReader(100).read(status(3, 12, 0, metrics={f"m{number}": 1.0 for number in range(12)})).line()
+    line = Figures(100).read(status(3, 12, 0, metrics={f"m{number}": 1.0 for number in range(12)})).line()
     assert line.endswith(" and 4 more")
 
 
@@ -157,11 +157,11 @@ def test_figures_that_are_not_finite_end_nothing() -> None:
         shown(
             status(3, 12, 0, counters=counters), status(4, 13, 0, counters={"step": math.inf}), terminal=terminal
         )
-    assert "mean return nan" in FigureReader(100).read(status(3, 12, 0, counters=counters)).line()
+    assert "mean return nan" in Figures(100).read(status(3, 12, 0, counters=counters)).line()
 
 
 def test_lane_and_mean_return_are_shown_where_there_are_any() -> None:
-    figures = FigureReader(100).read(status(3, 12, 0, counters={"step": 12}, labels={"transfer": "inline"}))
+    figures = Figures(100).read(status(3, 12, 0, counters={"step": 12}, labels={"transfer": "inline"}))
     assert "transfer inline" in figures.line()
     assert "lane" not in figures.line()
     assert "mean return" not in figures.line()
@@ -201,7 +201,7 @@ def picture_of(display: Display) -> None:
     """All that a display is asked to do."""
     display.update(status(3, 12, 1000, warnings=["loss is nan"]))
     display.show_line("a line")
-    display.freeze()
+    display.close()
     display.show_line("another line")
 
 

@@ -107,8 +107,10 @@ def test_attempt_begins_from_the_start_or_from_the_checkpoint_whatever_an_earlie
 def test_each_attempt_has_logs_of_its_own_and_a_symbolic_link_leads_to_the_newest(tmp_path: Path) -> None:
     for attempt in ("001.1", "001.2"):
         with open_output(config(str(tmp_path / "out")), resume=None, attempt=attempt) as (folder, _):
-            assert attempt_folder(folder) == tmp_path / "out" / "parts" / attempt / "logs"
-            assert attempt_folder(folder).is_dir()
+            assert folder.logs == tmp_path / "out" / "parts" / attempt / "logs"
+            for _ in range(2):
+                attempt_folder(folder)
+                assert folder.logs.is_dir()
         assert (tmp_path / "out" / "latest").readlink() == Path("parts", attempt)
 
 

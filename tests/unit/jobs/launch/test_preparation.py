@@ -13,7 +13,7 @@ import pytest
 
 from dray.errors import ConfigError
 from dray.jobs.job_file import JobDraft, draft_job
-from dray.jobs.launch.preparation import check_job
+from dray.jobs.launch.local import check_job
 from dray.transport.lanes import ucx_worker
 
 JOB = """
@@ -70,9 +70,8 @@ def mistakes(job_file: Path, *settings: str, imports: bool = False) -> list[str]
     draft = draft_job(job_file, settings)
     if not imports:
         draft = replace(draft, unusable=draft.unusable | ENTRY_POINTS)
-    shown: list[str] = []
     try:
-        assert check_job(draft, job_file, shown.append) == []
+        assert check_job(draft, job_file) == 0
     except ConfigError as error:
         return [each.message for each in error.mistakes]
     return []

@@ -13,7 +13,7 @@ from scripted_host import ScriptedHost
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import JobFolder
 from dray.jobs.job_file import parse_job
-from dray.jobs.launch.job_processes import JobPlacement, JobProcesses
+from dray.jobs.launch.processes import JobPlacement, JobProcesses
 from dray.jobs.launch.supervisor import JobSupervisor
 from dray.jobs.messages import models
 from dray.jobs.messages.controller_client import ControllerLostError

@@ -1,5 +1,6 @@
 """The message channel over a socket pair: no process is started."""
 
+import io
 import socket
 import threading
 from collections.abc import Iterator
@@ -34,9 +35,13 @@ def pair() -> Iterator[Pair]:
         yield first, second, stop
 
 
+def sent_message(message: RankCommand | Shutdown) -> bytes:
+    return framed(message.model_dump_json().encode())
+
+
 def delivery(sequence: int) -> Delivery:
     entry = RolloutEntry("ab" * 16, sequence, 4, "rollout-0", sequence, reference=f"ref {sequence}")
-    return Delivery(entry, "policy-0", 1, f"{sequence}-0")
+    return Delivery(entry, 1, f"{sequence}-0")
 
 
 # --- framing ------------------------------------------------------------------------------------------------
@@ -44,7 +49,7 @@ def delivery(sequence: int) -> Delivery:
 
 def test_messages_are_split_wherever_the_stream_was_cut() -> None:
     messages = [RankCommand(what="share", text=f"text {number}") for number in range(3)]
-    stream = b"".join(map(framed, messages))
+    stream = b"".join(map(sent_message, messages))
     for size in (1, 3, 7, len(stream)):
         frames, found = Frames(1000), []
         for begin in range(0, len(stream), size):
@@ -59,6 +64,16 @@ def test_message_that_is_too_large_is_refused_before_it_comes() -> None:
     frames.feed((1001).to_bytes(4, "big"))
     with pytest.raises(FramingError, match="1001 bytes"):
         frames.next()
+    with pytest.raises(FramingError, match="1001 bytes"):
+        _ = frames.missing
+
+
+def test_message_is_received_without_what_follows_it() -> None:
+    stream, frames = io.BytesIO(framed(b"first") + framed(b"second")), Frames(1000)
+    while (body := frames.next()) is None:
+        frames.feed(stream.read(frames.missing))
+    assert body == b"first"
+    assert stream.read() == framed(b"second")
 
 
 # --- ranks: send and receive wait, and raise ----------------------------------------------------------------
@@ -112,7 +127,7 @@ def test_peer_that_does_not_read_has_a_bounded_time_for_a_message(pair: Pair) ->
 @pytest.mark.parametrize(
     ("sent", "reason"),
     [
-        (framed(RankCommand(what="end")), "sent 'end', which is not expected here"),
+        (sent_message(RankCommand(what="end")), "sent 'end', which is not expected here"),
         (b"\xff\xff\xff\xff", f"4294967295 bytes was announced; at most {MAX_MESSAGE}"),
         (b"\0\0\0\2{}", "violates the protocol"),
         (b"\0\0\0\4what", "violates the protocol"),
@@ -175,7 +190,7 @@ def test_end_that_does_not_read_counts_as_gone_without_a_wait(pair: Pair) -> Non
 def test_node_of_another_version_counts_as_gone(sent: bytes) -> None:
     one, other = socket.socketpair()
     with other, MessageChannel(one, "node b") as channel:
-        other.sendall(framed(Shutdown()) + sent)
+        other.sendall(sent_message(Shutdown()) + sent)
         assert channel.poll() == [Shutdown()]
         assert channel.lost
 

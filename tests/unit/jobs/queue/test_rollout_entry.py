@@ -4,7 +4,7 @@ import pytest
 
 from dray.errors import ConfigError, ProtocolError
 from dray.jobs.queue import JobKeys, RolloutEntry
-from dray.jobs.queue.redis_client import paired
+from dray.jobs.queue.connection import paired
 
 REFERENCE = RolloutEntry("0f" * 16, 7, 3, "rollout-0", 12, reference='{"slot": 0}')
 INLINE = RolloutEntry("0f" * 16, 0, 0, "rollout-0", 0, payload=bytes(range(256)))
@@ -84,9 +84,5 @@ def test_job_name_that_cannot_be_part_of_a_key_is_refused(job: str) -> None:
 
 def test_all_keys_of_a_job_share_its_hash_slot_and_differ() -> None:
     keys = JobKeys("cartpole-1")
-    everything = [
-        keys.rollouts, keys.index, keys.stream_epoch, keys.group_epoch, keys.counters, keys.room, keys.dead,
-        keys.weights,
-    ]  # fmt: skip
-    assert len(set(everything)) == len(everything)
-    assert all(key.startswith("dray:{cartpole-1}:") for key in everything)
+    assert len(set(keys.every)) == len(keys.every) == 8
+    assert all(key.startswith("dray:{cartpole-1}:") for key in keys.every)

@@ -4,7 +4,7 @@ from dray.jobs.replica.ranks import Batch
 
 def delivery(sequence: int) -> Delivery:
     entry = RolloutEntry("ab" * 16, sequence, 0, "rollout-0", sequence, reference="{}")
-    return Delivery(entry, "policy-0", 1, f"{sequence}-0")
+    return Delivery(entry, 1, f"{sequence}-0")
 
 
 def test_payloads_are_dealt_in_equal_parts_until_each_is_full() -> None:
@@ -20,5 +20,5 @@ def test_payloads_are_dealt_in_equal_parts_until_each_is_full() -> None:
     batch.add(0, more[:1])
     batch.add(1, more[1:])
     assert batch.missing == 0
-    assert [each.entry.sequence for each in batch.part(1)] == [3, 5, 6]
+    assert [each.entry.sequence for each in batch.by_part()[1]] == [3, 5, 6]
     assert [each.entry.sequence for each in batch.deliveries] == [0, 1, 4, 3, 5, 6]

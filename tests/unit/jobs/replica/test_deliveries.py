@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 from prefetch_fixtures import ManualClock
 
-from dray.jobs.config import PolicyTable
+from dray.jobs.job_file import parse_job
 from dray.jobs.messages.models import PayloadPart, UnfinishedWork
 from dray.jobs.queue import CommitOutcome, Delivery, OldEpochError, QueueStatistics, RolloutEntry
 from dray.jobs.replica.checkpoint import CheckpointState
@@ -48,11 +48,11 @@ class MemoryQueue:
 
     def receive(self, count: int, timeout: float | None) -> list[Delivery]:
         given, self.waiting = self.waiting[:count], self.waiting[count:]
-        return [Delivery(each, "policy-0", 1, f"{each.sequence}-0") for each in given]
+        return [Delivery(each, 1, f"{each.sequence}-0") for each in given]
 
     def claim_others(self, timeout: float | None) -> list[Delivery]:
         found, self.others = self.others, []
-        return [Delivery(each, "policy-0", 2, f"{each.sequence}-0") for each in found]
+        return [Delivery(each, 2, f"{each.sequence}-0") for each in found]
 
     def commit(self, deliveries: Iterable[Delivery], timeout: float | None) -> CommitOutcome:
         self.check_epoch(timeout)
@@ -88,7 +88,7 @@ class MemoryQueue:
         self.counters |= values
 
     def statistics(self, timeout: float | None) -> QueueStatistics:
-        return QueueStatistics(len(self.waiting), 0, 0, None, dict(self.counters))
+        return QueueStatistics(len(self.waiting), 0, None, dict(self.counters))
 
 
 class Controller:
@@ -121,21 +121,22 @@ class QueuedDeliveries:
         self.counted: dict[str, int] = {}
         self.clock = ManualClock()
         self.controller = Controller(known or UnfinishedWork(unfinished=[], published=[], next=0))
-        table = PolicyTable(trainer="job.py:Trainer", batch_size=2, **policy)
+        tables = {
+            "job": {"name": "small", "max_steps": 9},
+            "rollout": {"worker": "job.py:Worker", "slots": 512},
+            "policy": {"trainer": "job.py:Trainer", "batch_size": 2, **policy},
+            "controller": {"dead_after": 20.0},
+        }
         self.deliveries = Deliveries(
             self.queue,
             lambda entries: self.freed.extend(each.sequence for each in entries),
             self.controller,
-            table,
+            parse_job(tables),
             state or CheckpointState(0, 0, 0),
             recorded=0,
             epoch_file=folder / "epoch.json",
             count=self.count,
             ending=lambda: False,
-            payloads_each=1,
-            in_order=table.max_staleness is not None and table.staleness == "admission",
-            patience=40.0,
-            timeout=1.0,
             clock=self.clock,
         )
 
@@ -269,4 +270,4 @@ def test_epoch_and_commits_are_kept_beside_the_queue(tmp_path: Path) -> None:
     first.deliveries.open()
     second = QueuedDeliveries(tmp_path)
     second.deliveries.open()
-    assert (first.deliveries.epoch, second.deliveries.epoch) == (1, 2)
+    assert (first.queue.epoch, second.queue.epoch) == (1, 2)

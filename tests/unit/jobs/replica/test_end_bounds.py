@@ -8,10 +8,7 @@ from dray.jobs.replica.heartbeat import EndBounds
 def test_all_waits_of_a_rollout_replica_end_before_it_is_killed(shutdown: float) -> None:
     bounds = EndBounds.of(shutdown)
     killed_after = shutdown * ROLLOUT_SHARE * KillStage.KILL.value
-    assert bounds.ended_rollout < killed_after
-    assert bounds.ended_rollout == pytest.approx(
-        bounds.serve + bounds.transfers + bounds.threads + 3 * bounds.answer
-    )
+    assert bounds.serve + bounds.close + 3 * bounds.answer < killed_after
 
 
 @pytest.mark.parametrize("shutdown", [0.1, 8.0, 3600.0])

@@ -15,7 +15,7 @@ from dray.jobs.messages import models
 from dray.jobs.messages.controller_client import ControllerClient
 from dray.jobs.messages.models import Role
 from dray.jobs.process import StopFlag
-from dray.jobs.replica.heartbeat import Activity, EndBounds, Heartbeat
+from dray.jobs.replica.heartbeat import Activity, EndBounds, Heartbeat, Member
 
 INTERVAL = 0.4
 BOUNDS = EndBounds.of(20.0)
@@ -45,10 +45,10 @@ def served(spec: JobSpec) -> Iterator[tuple[Controller, ControllerClient]]:
             thread.join()
 
 
-def register(client: ControllerClient, role: Role) -> dict[str, str]:
-    who = {"name": f"{role.value}-0", "incarnation": "a"}
-    client.post("/register", models.Register(**who, role=role, pid=1), models.Directive)
-    return who
+def register(client: ControllerClient, role: Role) -> Member:
+    member = Member(client, f"{role.value}-0")
+    member.post("/register", models.Register, models.Directive, role=role, pid=1)
+    return member
 
 
 def test_replica_that_watches_its_readers_is_notified_of_the_last_one_before_the_next_beat(spec: JobSpec) -> None:
@@ -56,20 +56,18 @@ def test_replica_that_watches_its_readers_is_notified_of_the_last_one_before_the
     with served(spec) as (_, client):
         rollout, policy = register(client, Role.ROLLOUT), register(client, Role.POLICY)
         with Heartbeat(
-            client,
-            **rollout,
-            activity=Activity(),
-            stop=stop,
+            rollout,
+            Activity(),
+            stop,
             interval=INTERVAL,
             lost_after=5.0,
-            grace=5.0,
             bounds=BOUNDS,
         ) as heartbeat:
             heartbeat.watch_readers()
-            client.post("/finish", models.Finish(**policy, kind="solved", reason="enough"), models.Directive)
+            policy.post("/finish", models.Finish, models.Directive, kind="solved", reason="enough")
             assert heartbeat.job_over.wait(5.0)
             assert not heartbeat.unread.is_set()
-            client.post("/unregister", models.Unregister(**policy, reason="done"), models.Directive)
+            policy.post("/unregister", models.Unregister, models.Directive, reason="done")
             assert heartbeat.unread.wait(5.0)
     assert stop.reason == "the job is draining"
 
@@ -81,13 +79,11 @@ def test_held_answers_take_the_place_of_the_interval_and_make_no_busy_loop(spec:
         note = controller.membership.note_request
         controller.membership.note_request = lambda *given: (beats.append(time.monotonic()), note(*given))[1]  # type: ignore[method-assign]
         with Heartbeat(
-            client,
-            **rollout,
-            activity=Activity(),
-            stop=StopFlag(),
+            rollout,
+            Activity(),
+            StopFlag(),
             interval=INTERVAL,
             lost_after=5.0,
-            grace=5.0,
             bounds=BOUNDS,
         ) as heartbeat:
             heartbeat.watch_readers()
@@ -102,13 +98,11 @@ def test_work_items_that_do_not_fit_one_heartbeat_come_with_the_next_and_end_no_
         reported: list[int] = []
         controller.membership.work_items.finished = reported.extend  # type: ignore[method-assign]
         with Heartbeat(
-            client,
-            **rollout,
-            activity=Activity(),
-            stop=stop,
+            rollout,
+            Activity(),
+            stop,
             interval=600,
             lost_after=600,
-            grace=600,
             bounds=BOUNDS,
         ) as heartbeat:
             heartbeat.finished(several)
@@ -122,15 +116,14 @@ def test_replica_that_is_to_end_does_not_serve_for_a_controller_that_is_gone(spe
         rollout = register(client, Role.ROLLOUT)
         url = client.url
     with ControllerClient(url, spec.token, 600, hurried=600) as client:
+        rollout.client = client
         stop.on_set(client.hurry)
         with Heartbeat(
-            client,
-            **rollout,
-            activity=Activity(),
-            stop=stop,
+            rollout,
+            Activity(),
+            stop,
             interval=600,
             lost_after=600,
-            grace=600,
             bounds=BOUNDS,
         ) as heartbeat:
             stop.set("received SIGTERM", 143)
@@ -146,16 +139,15 @@ def test_controller_that_is_gone_stops_the_replica_with_its_own_code(spec: JobSp
         rollout = register(client, Role.ROLLOUT)
         url = client.url
     with ControllerClient(url, spec.token, 1.0) as client:
+        rollout.client = client
         with Heartbeat(
-            client,
-            **rollout,
-            activity=Activity(),
-            stop=stop,
+            rollout,
+            Activity(),
+            stop,
             interval=0.1,
             lost_after=0.5,
-            grace=10.0,
             bounds=BOUNDS,
         ) as heartbeat:
-            assert stop.wait(10.0)
+            assert stop.event.wait(10.0)
             assert not heartbeat.job_over.is_set()
     assert stop.exit_code == 11

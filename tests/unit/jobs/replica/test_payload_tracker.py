@@ -28,7 +28,7 @@ WAYS = {
 
 def delivery(sequence: int = 0, work_item: int = 0) -> Delivery:
     entry = RolloutEntry("0f" * 16, sequence, 1, "rollout-0", work_item, payload=b"x")
-    return Delivery(entry, "policy-0", 1, "1-0")
+    return Delivery(entry, 1, "1-0")
 
 
 def tracker_in(state: PayloadState) -> tuple[PayloadTracker, Delivery]:

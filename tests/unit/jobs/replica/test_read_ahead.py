@@ -13,7 +13,7 @@ from dray.errors import DrayError, OutOfResources, ProducerLostError, StaleSlotE
 from dray.jobs.queue import Delivery
 from dray.jobs.replica.delivery import PayloadState
 from dray.jobs.replica.read_ahead import ReadAhead
-from dray.jobs.replica.transfer import Arrays
+from dray.payload import Arrays
 
 Outcome = Arrays | DrayError
 

@@ -6,10 +6,20 @@ import numpy as np
 import pytest
 
 from dray.jobs import Rollout
-from dray.jobs.replica.user_code import MAX_METADATA, UserValueError, decoded_metadata, returned_payloads
+from dray.jobs.replica.user_code import (
+    MAX_METADATA,
+    RolloutPayload,
+    UserValueError,
+    decoded_metadata,
+    returned_payloads,
+)
 
 
 class Worker: ...
+
+
+def payloads_of(found: object, expected: int | None = None) -> list[RolloutPayload]:
+    return returned_payloads(Worker(), found, expected, 7, 3)
 
 
 ONE = {"x": np.ones(3)}
@@ -27,14 +37,16 @@ ONE = {"x": np.ones(3)}
     ],
 )
 def test_rollout_returns_one_payload_or_several(found: object, count: int) -> None:
-    payloads = returned_payloads(Worker(), found, None)
+    payloads = payloads_of(found)
     assert [list(each.arrays) for each in payloads] == [["x"]] * count
     assert [each.metadata for each in payloads] == [""] * count
+    assert [(each.part, each.parts) for each in payloads] == [(part, count) for part in range(count)]
+    assert {(each.work_item, each.weight_version) for each in payloads} == {(7, 3)}
 
 
 def test_metadata_comes_as_it_was_given() -> None:
     metadata = {"prompt": "\u00e4", "turns": [1, 2.5, None, True], "nested": {"a": {}}}
-    (payload,) = returned_payloads(Worker(), Rollout(ONE, metadata=metadata), None)
+    (payload,) = payloads_of(Rollout(ONE, metadata=metadata))
     assert decoded_metadata(payload.metadata) == metadata
     assert decoded_metadata("") == {}
 
@@ -57,20 +69,20 @@ def test_metadata_comes_as_it_was_given() -> None:
 )
 def test_what_rollout_returns_wrongly_is_named(found: object, words: str) -> None:
     with pytest.raises(UserValueError) as caught:
-        returned_payloads(Worker(), found, None)
+        payloads_of(found)
     assert words in str(caught.value)
     assert str(caught.value).startswith("Worker.rollout()")
 
 
 def test_metadata_is_bounded() -> None:
     room = MAX_METADATA - len(json.dumps({"a": ""}, separators=(",", ":")))
-    returned_payloads(Worker(), Rollout(ONE, metadata={"a": "x" * room}), None)
+    payloads_of(Rollout(ONE, metadata={"a": "x" * room}))
     with pytest.raises(UserValueError, match="16,385 bytes of metadata: at most 16,384 are allowed"):
-        returned_payloads(Worker(), Rollout(ONE, metadata={"a": "x" * (room + 1)}), None)
+        payloads_of(Rollout(ONE, metadata={"a": "x" * (room + 1)}))
 
 
 @pytest.mark.parametrize("found", [ONE, [ONE], [ONE] * 3])
 def test_number_of_payloads_is_that_of_the_job_file(found: Any) -> None:
-    assert len(returned_payloads(Worker(), [ONE, ONE], 2)) == 2
+    assert len(payloads_of([ONE, ONE], 2)) == 2
     with pytest.raises(UserValueError, match=r"payloads?: rollout\.payloads_per_work_item is 2"):
-        returned_payloads(Worker(), found, 2)
+        payloads_of(found, 2)

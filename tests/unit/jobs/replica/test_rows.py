@@ -7,7 +7,7 @@ import pytest
 
 from dray.errors import ConfigError
 from dray.jobs.config import WorkTable
-from dray.jobs.replica.work import WorkItemRows, check_rows, shuffled
+from dray.jobs.replica.entry_points import WorkItemRows, check_rows, shuffled
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 import random
 
 from dray.jobs.controller.work_queue import WorkQueue
-from dray.jobs.replica.staleness import StalenessWindow
+from dray.jobs.replica.delivery import StalenessWindow
 
 
 def test_lowest_work_items_that_are_not_finished_are_due() -> None:

@@ -20,7 +20,7 @@ from dray.jobs.process import DUMP_SIGNAL, SignalInbox
 from dray.jobs.slurm.head import NodeConnections, RemoteHost
 from dray.jobs.slurm.node import NodeAgent
 from dray.jobs.slurm.placement import placements
-from dray.jobs.slurm.plan import Plan, RoleLayout, Task
+from dray.jobs.slurm.plan import Plan, Task
 
 CONFIG = parse_job(
     {
@@ -38,7 +38,7 @@ class Head:
 
     def __init__(self, task: Task, folder: JobFolder) -> None:
         plan = task.plan
-        away = [each for each in placements(plan, task.nodes) if each.node == task.node]
+        away = [each for each in placements(plan.config, task.nodes) if each.node == task.node]
         self.nodes = NodeConnections(folder, task.name, plan.secret, away, "127.0.0.1", 10.0)
         self.host: RemoteHost = self.nodes.hosts[task.node]
         self.selector = selectors.DefaultSelector()
@@ -74,18 +74,13 @@ class Node:
             job_file=folder / "job.toml",
             run_folder=folder,
             secret=bytes(32),
-            policy=RoleLayout(1),
-            rollout=RoleLayout(1, 2),
-            interface=None,
-            retries=0,
-            environment={},
         )
         task = Task(plan, 1, 1, ("a", "b"), "b")
         self.head = Head(task, JobFolder(folder, task.name))
         self.selector = selectors.DefaultSelector()
         self.inbox = SignalInbox()
         self.host = ScriptedHost(self.selector)
-        placed = [each for each in placements(plan, task.nodes) if each.node == task.node]
+        placed = [each for each in placements(plan.config, task.nodes) if each.node == task.node]
         self.agent = NodeAgent(task, placed, self.host, selector=self.selector, inbox=self.inbox)
 
     def run(self, head: Callable[[Head], object]) -> int:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from dray.errors import ConfigError
-from dray.jobs.slurm.network import Interface, default_route, interfaces, rdma_interfaces, select_interface
+from dray.jobs.slurm.placement import Interface, default_route, interfaces, rdma_interfaces, select_interface
 
 LO = Interface("lo", "127.0.0.1")
 ETH = Interface("eth0", "10.0.0.5")

@@ -24,7 +24,7 @@ from dray.jobs.job_file import parse_job
 from dray.jobs.launch.processes import JobProcess
 from dray.jobs.messages import auth
 from dray.jobs.messages.auth import ConnectionInfo, connect
-from dray.jobs.messages.channel import MessageChannel
+from dray.jobs.messages.channel import MessageChannel, framed
 from dray.jobs.messages.models import (
     KillReplica,
     ReplicaEnded,
@@ -245,7 +245,7 @@ def test_strangers_that_send_nothing_keep_no_node_out_and_are_dropped(
             head.channel().close()
             for stranger in strangers:
                 stranger.settimeout(0)
-                assert len(stranger.recv(32)) == 32
+                assert len(stranger.recv(64)) == 36
             gone = []
 
             def drop() -> bool:
@@ -266,7 +266,7 @@ def test_strangers_that_send_nothing_keep_no_node_out_and_are_dropped(
 def test_more_strangers_than_are_listened_to_push_out_the_oldest(tmp_path: Path) -> None:
     def is_open(stranger: socket.socket) -> bool:
         stranger.settimeout(5.0)
-        assert len(stranger.recv(32)) == 32
+        assert len(stranger.recv(64)) == 36
         stranger.settimeout(0)
         try:
             return stranger.recv(1) != b""
@@ -287,8 +287,8 @@ def test_strangers_make_few_lines(tmp_path: Path, caplog: pytest.LogCaptureFixtu
             with socket.create_connection(head.address) as stranger:
                 stranger.settimeout(5.0)
                 head.until(lambda: select.select([stranger], [], [], 0)[0], "the nonce")
-                stranger.sendall(bytes(66) + bytes(32))
-                stranger.recv(32)
+                stranger.sendall(framed(bytes(64)))
+                stranger.recv(64)
                 head.until(lambda: select.select([stranger], [], [], 0)[0], "the end of the connection")
                 assert stranger.recv(1) == b""
         lines = [each.message for each in caplog.records if each.levelname == "WARNING"]

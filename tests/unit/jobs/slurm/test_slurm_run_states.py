@@ -15,8 +15,6 @@ from dray.errors import ConfigError
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.job_file import parse_job
 from dray.jobs.launch.output import open_output
-from dray.jobs.slurm.batch_cli import begin, cancel_marker, end, main
-from dray.jobs.slurm.placement import configured_layout
 from dray.jobs.slurm.plan import Plan
 from dray.jobs.slurm.run_state import (
     TRANSITIONS,
@@ -25,8 +23,11 @@ from dray.jobs.slurm.run_state import (
     RunRecord,
     RunState,
     after,
-    diagram,
+    begin,
+    cancel_marker,
+    end,
     event_of_end,
+    main,
 )
 
 MAX_STEPS = 100
@@ -42,20 +43,9 @@ def plan(tmp_path: Path) -> Plan:
         "slurm": {},
     }
     config = parse_job(document)
-    layout = configured_layout(config)
-    made = Plan(
-        config=config,
-        job_file=tmp_path / "job.toml",
-        run_folder=tmp_path / "run",
-        secret=secrets.token_bytes(32),
-        policy=layout.policy,
-        rollout=layout.rollout,
-        interface=None,
-        retries=2,
-        environment={},
-    )
+    made = Plan(config, tmp_path / "job.toml", tmp_path / "run", secrets.token_bytes(32))
     made.write()
-    RunRecord(RunState.SUBMITTED, made.retries).write(made.run_folder)
+    RunRecord(RunState.SUBMITTED, made.table.retries).write(made.run_folder)
     return made
 
 
@@ -98,14 +88,6 @@ def test_event_without_a_transition_raises(state: RunState, event: RunEvent) -> 
     else:
         with pytest.raises(IllegalRunTransition):
             after(state, event)
-
-
-def test_diagram_has_every_transition() -> None:
-    drawn = diagram()
-    for state, events in TRANSITIONS.items():
-        for event, target in events.items():
-            (line,) = [each for each in drawn.splitlines() if f" {state.name} --> {target.name}:" in each]
-            assert event.value in line
 
 
 END: dict[str, Any] = {
@@ -214,7 +196,7 @@ def test_requeued_run_with_a_finished_checkpoint_is_not_started(plan: Plan) -> N
 
 
 def test_lost_run_without_a_retry_counts_as_finished_if_its_checkpoint_is_finished(plan: Plan) -> None:
-    for _ in range(plan.retries):
+    for _ in range(plan.table.retries):
         begin(plan, "7")
         end(plan, 1)
     begin(plan, "7")
@@ -297,7 +279,7 @@ def test_reason_of_an_end_is_the_one_that_the_head_wrote_in_this_attempt(plan: P
 
 
 def test_run_whose_folder_is_in_use_is_not_begun(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dray.jobs.slurm.batch_cli.LOCK_TIMEOUT", 0.05)
+    monkeypatch.setattr("dray.jobs.slurm.run_state.LOCK_TIMEOUT", 0.05)
     before = record(plan)
     with open_output(plan.config, resume=False):
         with pytest.raises(ConfigError, match="must be a folder that no running job uses"):

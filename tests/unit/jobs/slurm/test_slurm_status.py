@@ -13,10 +13,8 @@ from rich.console import Console
 
 from dray.errors import ConfigError
 from dray.jobs.job_file import parse_job
-from dray.jobs.slurm.batch_cli import cancel_marker
-from dray.jobs.slurm.placement import configured_layout
 from dray.jobs.slurm.plan import Plan
-from dray.jobs.slurm.run_state import RunEvent, RunRecord, RunState
+from dray.jobs.slurm.run_state import RunEvent, RunRecord, RunState, cancel_marker
 from dray.jobs.slurm.status import find_runs, plain_lines, read_progress, shown_state, status_table, view_run
 
 JOB = {
@@ -30,9 +28,7 @@ USERS = {"step": 99.0, "seconds": 0.0, "bytes": 1.0, "mean_return": -1.0}
 
 
 def make_run(folder: Path, record: RunRecord, job_id: str = "12") -> Path:
-    config = parse_job(JOB)
-    layout = configured_layout(config)
-    Plan(config, folder / "job.toml", folder, b"s" * 32, layout.policy, layout.rollout, None, 2, {}).write()
+    Plan(parse_job(JOB), folder / "job.toml", folder, b"s" * 32).write()
     record.write(folder)
     (folder / ".slurm" / "job_id").write_text(f"{job_id}\n")
     return folder
@@ -48,20 +44,20 @@ def metrics(*lines: tuple[int, float, int, float]) -> str:
 
 
 def test_running_run_shows_its_progress(tmp_path: Path) -> None:
-    record = RunRecord(RunState.SUBMITTED, 2).begin("12", 0).end(RunEvent.FAIL, 2, 1, "it broke").begin("12", 0)
+    record = RunRecord(RunState.SUBMITTED, 2).begin("12", 0).end(RunEvent.FAIL, 1, "it broke").begin("12", 0)
     folder = make_run(tmp_path / "run", record)
     (folder / "metrics.jsonl").write_text(metrics((1, 1.0, 0, 9.0), (2, 3.0, 5_000_000, 12.5)))
     view = view_run(folder, {"12": "running"})
     shown = ("12", os.path.relpath(folder), "running", "running", "1.2", "2/100", "12.5", "2.50", "1", "1")
-    assert view.cells()[0] == shown[0]
-    assert view.cells()[2:] == shown[2:]
+    assert view.cells[0] == shown[0]
+    assert view.cells[2:] == shown[2:]
     (remark,) = view.remarks
     assert remark.startswith("part 1, attempt 1 ended")
     assert remark.endswith("it broke")
 
 
 def test_failed_run_shows_the_last_lines_of_its_head_process(tmp_path: Path) -> None:
-    record = RunRecord(RunState.SUBMITTED, 0).begin("12", 0).end(RunEvent.GIVE_UP, 0, 1, "it broke")
+    record = RunRecord(RunState.SUBMITTED, 0).begin("12", 0).end(RunEvent.GIVE_UP, 1, "it broke")
     folder = make_run(tmp_path / "run", record)
     logs = record.folder(folder).logs
     logs.mkdir(parents=True)
@@ -153,11 +149,11 @@ def test_return_is_left_out_if_payloads_have_none_or_it_is_not_finite(tmp_path: 
     for mean in ({}, {"mean_return": None}):
         line = {"step": 4, "seconds": 1.0, "bytes": 0, **mean, "metrics": USERS}
         path.write_text(json.dumps(line) + "\n")
-        assert view_run(path.parent, {}).cells()[5:7] == ("4/100", "-")
+        assert view_run(path.parent, {}).cells[5:7] == ("4/100", "-")
 
 
 def test_last_lines_of_a_log_change_nothing_on_the_terminal(tmp_path: Path) -> None:
-    record = RunRecord(RunState.SUBMITTED, 0).begin("12", 0).end(RunEvent.GIVE_UP, 0, 1, "it broke\x1b[2J")
+    record = RunRecord(RunState.SUBMITTED, 0).begin("12", 0).end(RunEvent.GIVE_UP, 1, "it broke\x1b[2J")
     folder = make_run(tmp_path / "run", record)
     logs = record.folder(folder).logs
     logs.mkdir(parents=True)

@@ -146,9 +146,11 @@ def test_options_replace_keys_and_extend_lists_and_tables(tmp_path: Path) -> Non
 
 
 def test_total_number_of_nodes_includes_those_of_the_policy(tmp_path: Path) -> None:
-    table = with_options(job(tmp_path), {"policy_nodes": 2}, nodes=6).slurm
+    table = with_options(job(tmp_path), {"policy_nodes": 2, "nodes": 6}).slurm
     assert table is not None
     assert (table.policy_nodes, table.rollout_nodes) == (2, 4)
+    with pytest.raises(ConfigError, match=r"must be at least slurm\.policy_nodes, which is 2"):
+        with_options(job(tmp_path), {"policy_nodes": 2, "nodes": 1})
 
 
 def test_wrong_option_names_its_key(tmp_path: Path) -> None:
@@ -261,7 +263,7 @@ def test_job_of_more_nodes_than_the_partition_has_is_refused(
         (tools / name).write_text(f"#!/bin/sh\nprintf '{printed}\\n'\n")
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tools), prepend=":")
-    prepared = prepare(job(tmp_path, table), job_file, resume=False)
+    prepared = prepare(job(tmp_path, table), job_file, resume=False, make=True)
     if allowed is None:
         assert submit(prepared, job_file) == 12
         return

@@ -1,4 +1,4 @@
-"""`dray bench`, and how its figures are computed."""
+"""How the figures of the benchmarks are computed and shown."""
 
 import json
 import sys
@@ -6,12 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from dray.cli import app, bench
-from dray.errors import ConfigError
-
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import pages, plot  # noqa: E402
@@ -40,22 +36,6 @@ class Unwatched:
 def row(rounds, limit=None, unit="s", target=None, subject="shm", scenario="reads"):
     held = None if limit is None else figure(*limit)
     return Row(scenario, subject, 1024, figure(*rounds), unit, "limit" if limit else "", held, target)
-
-
-def test_outside_a_checkout_the_error_names_the_reason(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "CHECKOUT", tmp_path)
-    outcome = CliRunner().invoke(app.app, ["bench", "--quick"])
-    assert isinstance(outcome.exception, ConfigError)
-    assert "a checkout of dray" in str(outcome.exception)
-
-
-def test_outside_a_checkout_the_exit_code_is_that_of_a_wrong_configuration(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "CHECKOUT", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["dray", "bench"])
-    with pytest.raises(SystemExit) as ended:
-        app.main()
-    assert ended.value.code == 2
-    assert "checkout" in capsys.readouterr().err
 
 
 def test_a_ratio_is_taken_round_by_round():
