@@ -11,6 +11,7 @@ SEVERAL = """
 import json, os
 import numpy as np
 import small
+from dray import Ragged
 from dray.jobs import Rollout
 
 class Worker(small.Worker):
@@ -19,7 +20,8 @@ class Worker(small.Worker):
         return [
             Rollout(
                 {"rewards": np.ones(8, np.float32), "version": np.array(self.version),
-                 "uid": np.frombuffer(os.urandom(8), np.uint64)},
+                 "uid": np.frombuffer(os.urandom(8), np.uint64), "text": f"item {work_item.index}",
+                 "turns": Ragged.from_rows([np.arange(part), np.arange(3)]), "info": {"seed": work_item.seed}},
                 {"part": part, "parts": count, "work_item": work_item.index},
             )
             for part in range(count)
@@ -41,6 +43,9 @@ class Trainer(small.Trainer):
         for each in trajectories:
             assert each.metadata["work_item"] == each.work_item
             assert int(each.arrays["version"]) == each.weight_version
+            assert each.arrays["text"] == f"item {each.work_item}"
+            assert [len(row) for row in each.arrays["turns"]] == [each.metadata["part"], 3]
+            assert type(each.arrays["info"]["seed"]) is int
             self.parts.append([each.work_item, each.metadata["part"], each.metadata["parts"]])
         self.steps += 1
         return {"score": float(self.steps)}

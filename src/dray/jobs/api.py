@@ -67,7 +67,7 @@ class WorkItem:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One payload as a worker returns it: named arrays, with metadata beside them.
+    """One payload as a worker returns it: named arrays and nested values, with metadata beside them.
 
     `metadata` is a mapping that JSON can carry, of at most 16 KiB as JSON. It travels with the reference to the
     payload, not in it, and the trainer gets it as `Trajectory.metadata`. A worker without metadata returns the
@@ -94,7 +94,7 @@ class Trajectory:
     the slot of its payload. ``policy.in_place = false`` copies all.
     """
 
-    arrays: Mapping[str, np.ndarray]
+    arrays: Mapping[str, Any]
     weight_version: int
     work_item: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -126,8 +126,9 @@ class RolloutWorker(Protocol):
     ) -> RolloutResult | Sequence[RolloutResult] | Awaitable[RolloutResult | Sequence[RolloutResult]]:
         """Work on one work item and return its payload, or a list or tuple of its payloads, at least one.
 
-        A payload is a mapping of names to arrays, or a `Rollout`, which adds metadata. Every payload has the
-        version of the weights that were loaded when the rollout began.
+        A payload is a mapping of names to arrays and nested values, such as text and ragged arrays, or a
+        `Rollout`, which adds metadata. Every payload has the version of the weights that were loaded when the
+        rollout began.
 
         An exception fails this attempt at the work item, not the replica. The work item is given out again, to
         another replica if one asks for work, up to ``rollout.max_attempts`` attempts in all; then it is given up

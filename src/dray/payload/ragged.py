@@ -101,6 +101,20 @@ class Ragged(Sequence[Any]):
         return f"<Ragged {self.values.dtype}, {len(self)} rows, values {list(self.values.shape)}>"
 
 
+def arrays_in(values: Any, path: str = "") -> Iterator[tuple[str, Array]]:
+    """Each array among the values of a payload, that of a ragged one too, with the path of its value."""
+    if isinstance(values, np.ndarray):
+        yield path, values
+    elif isinstance(values, Ragged):
+        yield path, values.values
+    elif isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from arrays_in(value, f"{path}.{key}" if path else str(key))
+    elif type(values) in (list, tuple):
+        for index, value in enumerate(values):
+            yield from arrays_in(value, f"{path}.{index}")
+
+
 def check_offsets(offsets: npt.NDArray[np.int64], length: int) -> None:
     """Check the offsets of rows in an array of `length` elements.
 

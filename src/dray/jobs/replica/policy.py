@@ -49,6 +49,7 @@ from dray.jobs.replica.user_code import (
     returned_metrics,
     save_into,
 )
+from dray.payload import Ragged
 from dray.payload.trajectory import REWARDS
 from dray.text import printable
 
@@ -466,9 +467,10 @@ class Training:
 
 
 def _mean_return(trajectories: list[Trajectory]) -> float | None:
-    """The figure `MEAN_RETURN`; None where no payload has rewards."""
-    rewards = [each.arrays[REWARDS] for each in trajectories if REWARDS in each.arrays]
-    returns = [float(np.sum(each, dtype=np.float64)) for each in rewards]
+    """The figure `MEAN_RETURN`; None where no payload has rewards. Each row of ragged rewards is an episode."""
+    rewards = [each.arrays.get(REWARDS) for each in trajectories]
+    episodes = [row for found in rewards for row in (found if isinstance(found, Ragged) else [found])]
+    returns = [float(np.sum(each, dtype=np.float64)) for each in episodes if isinstance(each, np.ndarray)]
     return float(np.mean(returns)) if returns else None
 
 

@@ -24,6 +24,7 @@ from dray.jobs.replica.checkpoint import trainer_folder
 from dray.jobs.replica.heartbeat import Activity
 from dray.jobs.replica.user_code import UserCodeError, call_user, decoded_metadata, save_into
 from dray.payload import Arrays
+from dray.payload.ragged import arrays_in
 from dray.prefetch import BatchReader, Fetched
 from dray.protocol import PayloadRef
 
@@ -218,7 +219,7 @@ class KeptArrays:
         """A step begins that is given these."""
         for each in trajectories:
             # All arrays in place of a payload, and views of them, have one base: its bytes in the slot, read-only.
-            arrays = {name: array for name, array in each.arrays.items() if not array.flags.writeable}
+            arrays = {name: array for name, array in arrays_in(each.arrays) if not array.flags.writeable}
             base = next((array.base for array in arrays.values() if isinstance(array.base, np.ndarray)), None)
             if base is not None:
                 names = {name: weakref.ref(array) for name, array in arrays.items()}
