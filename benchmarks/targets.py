@@ -23,6 +23,7 @@ TARGETS = (
     Named("P7", "read_many of 1 KiB on shm", "≥ 300,000 payloads/s as bytes, ≥ 150,000 unpacked"),
     Named("P8", "64 idle connections", "≤ 1 % of a core at each end"),
     Named("P9", "pack six fields into a slot", "≤ 15 µs at 1 KiB, ≤ 1.1 × the bare copy from 1 MiB"),
+    Named("P9A", "pack and unpack 32 nested arrays", "≤ 1.5 × the same arrays on one level"),
     Named("P10", "one life cycle of a slot, 10 to 100,000 slots", "≤ 1.3 × the smallest ring"),
     Named("P11", "16 producers, one consumer, 1 MiB", "rate ≥ 0.9 × that of one producer"),
     Named("P12", "shm, producer busy in Python", "p99 ≤ 1.2 × that of an idle producer; its loop ≥ 98 % as fast"),

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[2]
 TINY = ("--quick", "--sizes", "1KiB", "--rounds", "2", "--operations", "4", "--details")
 FEW = ("--idle-seconds", "0.1", "--memory-reads", "100", "--job-steps", "1")
 
-LANES, WITHIN, SERVING = "P1,P2,P3,P4,P5,P6,P7", "P9,P10,P13", "P8,P11,P12"
+LANES, WITHIN, SERVING = "P1,P2,P3,P4,P5,P6,P7", "P9,P9A,P10,P13", "P8,P11,P12"
 BESIDE, STREAMS = "P15", "P16"
 SCENARIOS = {
     LANES: {"in place", "reads", "batches"},
-    WITHIN: {"packing", "ring", "memory"},
+    WITHIN: {"packing", "nested values", "ring", "memory"},
     SERVING: {"idle", "fleet", "busy", "owner"},
     BESIDE: {"beside"},
     STREAMS: {"streams"},
