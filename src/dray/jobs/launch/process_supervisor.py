@@ -63,10 +63,10 @@ class ProcessSupervisor(abc.ABC):
             due = [escalation.seconds_to_next for _, escalation in self._escalations]
             # A process that was killed is waited for until its escalation has ended.
             self._wait(min(self._seconds_to_next(), *due, _MAX_WAIT_AT_END if due else math.inf))
-            for host in self._hosts:
-                for process in host.collect():
-                    self._on_end(process)
+            self._collect()
             self._react()
+            if any(escalation.seconds_to_next <= 0 for _, escalation in self._escalations):
+                self._collect()  # a reaction may take seconds: what has ended meanwhile is not killed
             self._escalate()
 
     # --- what each supervisor decides ---------------------------------------------------------------------------
@@ -102,6 +102,11 @@ class ProcessSupervisor(abc.ABC):
         for key, _ in self._selector.select(None if timeout == math.inf else timeout):
             if key.data is not None:
                 key.data()
+
+    def _collect(self) -> None:
+        for host in self._hosts:
+            for process in host.collect():
+                self._on_end(process)
 
     def _receive_signals(self) -> None:
         self.signals += self._inbox.receive()

@@ -3,6 +3,7 @@
 import selectors
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,20 @@ def test_replica_that_hangs_gets_ever_firmer_means_in_order(job: JobStarter) -> 
     for name in ("policy-0", "policy-1", "rollout-0", "rollout-1"):
         assert running.host[name].received == [signal.SIGTERM, DUMP_SIGNAL, signal.SIGKILL]
     assert any("policy-0 (pid 101) did not end in time and was killed" in line for line in running.lines)
+
+
+def test_replica_that_ends_while_the_controller_answers_slowly_is_not_killed(job: JobStarter) -> None:
+    def answers_late(job: Job) -> models.Status:
+        threading.Event().wait(CONFIG.timeouts.shutdown)  # every stage is due then
+        return job.finish()
+
+    running = job(runs, is_interrupted, answers_late)
+    running.host.obeyed = {signal.SIGKILL}
+    running.run()
+    for name in ("policy-0", "policy-1", "rollout-0", "rollout-1"):
+        assert signal.SIGKILL not in running.host[name].received
+    killed = [line.partition(" ")[0] for line in running.lines if "was killed" in line]
+    assert killed == ["controller"]
 
 
 def test_second_signal_kills_what_is_left_at_once(job: JobStarter) -> None:
