@@ -37,6 +37,9 @@ GROUP: Final = "subscribers"
 DELTA_SHARE: Final = 2
 """A delta has at most this fraction of the bytes of its version, so that memory for deltas is bounded."""
 
+DELTA_SECONDS: Final = 0.1
+"""How long `publish` waits for room for a delta. Without it, subscribers read the whole version."""
+
 DeltaMode = Literal["full", "sparse"]
 
 
@@ -171,7 +174,7 @@ class Publisher(Closing):
     def _delta_writer(self, nbytes: int) -> SlotWriter | None:
         """Room for a delta; None if subscribers are still reading all earlier ones: this version travels whole."""
         try:
-            return self._ring.claim(nbytes, 0.0, part=1)
+            return self._ring.claim(nbytes, DELTA_SECONDS, part=1)
         except BufferFullError:
             return None
 
