@@ -15,6 +15,7 @@ from benchmarks.scenarios import (
     reads,
     ring,
     streams,
+    weights,
 )
 
 SCENARIOS: tuple[Scenario, ...] = (
@@ -26,6 +27,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     ring.SCENARIO,
     fleet.SCENARIO,
     streams.SCENARIO,
+    weights.SCENARIO,
     busy.SCENARIO,
     owner.SCENARIO,
     memory.SCENARIO,
