@@ -120,17 +120,24 @@ class NewestInbox(Inbox):
         """
         newest = None if self._expecting or not self.queue else self.queue[-1]
         while (task := self._reading.pop_done()) is not None:
-            source, given, found = task[0], task[1].about, task[1].result()
+            source, given = task[0], task[1].about
+            replaced = self.queue and self.queue[-1] != (source, given)
+            try:
+                found = task[1].result()
+            except TransportError:
+                if replaced and not deadline.expired:
+                    continue  # the newer version is read now
+                raise
             if found is not None:
                 self._held = source, given, self._weights(source, given, found)
-            elif newest == (source, given):
+            elif not replaced:
                 self.queue.clear()  # a newer version has replaced it, and is announced
                 newest = None
         if self._held is not None:
             source, given, weights = self._held
             if not _is_newer(source, given, after):
                 self._held = None
-            elif self._begun or deadline.expired or newest == (source, given):
+            elif self._begun or deadline.expired or (not self._expecting and newest in (None, (source, given))):
                 self._held = None
                 return weights
         if newest is None or not _is_newer(*newest, after) or newest[0] in self.late:

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, Self, get_args
 import numpy as np
 
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.errors import BufferClosedError, BufferFullError, ConfigError
+from dray.errors import BufferClosedError, BufferFullError, ConfigError, StaleSlotError
 from dray.exclusive import Exclusive
 from dray.forking import here
 from dray.payload.codec import plan
@@ -146,7 +146,8 @@ class Publisher(Closing):
         try:
             writer = self._ring.claim(packed.nbytes, timeout)
         except BufferFullError as error:
-            users = sorted({lease.pid for lease in self._ring.direct_leases()})
+            newest = None if self._newest.version is None else self._newest.version.full.sequence
+            users = sorted({lease.pid for lease in self._ring.direct_leases() if lease.sequence != newest})
             who = f"process {', '.join(map(str, users))}" if users else "a subscriber on another host"
             why = f"{self.name!r}: {who} still uses an older version; raise versions, or copy what is kept"
             raise BufferFullError(why, elapsed=error.elapsed) from None
@@ -180,11 +181,13 @@ class Publisher(Closing):
 
     def _encode(self, before: Version, writer: SlotWriter, delta: SlotWriter) -> Part | None:
         """Write what has changed since the version before; None if that is too much: the slot is free again."""
-        with self._ring.read_raw(before.full.slot, before.full.sequence) as lease:
-            old, new, target = (np.frombuffer(each.buffer, np.uint8) for each in (lease, writer, delta))
-            nbytes = sparse.encode(
-                old, new, target, base=before.number, slot=writer.slot, sequence=writer.sequence
-            )
+        nbytes = 0
+        with contextlib.suppress(StaleSlotError):  # an exception of a signal handler has withdrawn that version
+            with self._ring.read_raw(before.full.slot, before.full.sequence) as lease:
+                old, new, target = (np.frombuffer(each.buffer, np.uint8) for each in (lease, writer, delta))
+                nbytes = sparse.encode(
+                    old, new, target, base=before.number, slot=writer.slot, sequence=writer.sequence
+                )
         if not nbytes:
             delta.abort()
             return None
