@@ -57,7 +57,7 @@ def test_sparse_versions_are_right_everywhere(lane: str, versions: int, paramete
 
 @pytest.mark.parametrize("delta", ["full", "sparse"])
 def test_subscribers_that_are_killed_and_stopped_disturb_no_other_one(delta: str) -> None:
-    plan = Plan(versions=40, parameters=4_000_000, delta=delta, near=8, far=3, steps=(), faults=True)
+    plan = Plan(versions=40, parameters=1_000_000, delta=delta, near=8, far=3, steps=(), faults=True)
     result = run(plan)
     assert not result.problems
     assert len(result.seen) == plan.near + plan.far + 1 - 2  # with the late one, without those that were killed

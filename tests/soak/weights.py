@@ -30,7 +30,8 @@ from dray.errors import BufferFullError
 SHARES: Final = (0.001, 0.02, 0.0, 0.1, 0.5, 0.01)
 """How many of the elements change from one version to the next, in turn."""
 
-LIMIT_SECONDS: Final = 120.0
+LIMIT_SECONDS: Final = 600.0
+"""For everything that is waited for; versions of gigabytes take long on a machine with other work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,7 +308,7 @@ def main(
     began = time.monotonic()
     plan = Plan(
         versions=versions, parameters=parameters, delta=delta, lane=lane, near=near, far=far, faults=faults,
-        paced=not faults,
+        paced=not faults, steps=() if faults else (1, 7),
     )  # fmt: skip
     result = run(plan)
     for name, lines in result.seen.items():
