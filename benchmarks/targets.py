@@ -39,5 +39,11 @@ TARGETS = (
         "300 producers of a stream, one consumer, 64 KiB",
         "rate ≥ 0.9 × that of one producer; memory and descriptors of each ≤ 1.1 × those beside 100",
     ),
+    Named(
+        "P19",
+        "weights of 4 GiB to 8 subscribers on one host, and by tcp",
+        "publish ≤ 1.1 × one copy, memory of two versions; rate ≥ 0.9 × the tcp lane's",
+    ),
+    Named("P20", "sparse weights, 2 % of the elements changed", "≤ 12 % of the bytes; encode and apply ≥ 1 GB/s"),
 )
 NAMES = tuple(target.name for target in TARGETS)

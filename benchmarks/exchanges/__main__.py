@@ -50,6 +50,10 @@ def make_service(kind: str, descriptors: list[int]) -> Service:
         from benchmarks.exchanges.streaming import StreamReaderService
 
         return StreamReaderService()
+    if kind == "publishing":
+        from benchmarks.exchanges.publishing import PublishingService
+
+        return PublishingService()
     raise ValueError(f"unknown kind {kind!r}")
 
 

@@ -16,6 +16,7 @@ from benchmarks.scenarios import (
     reads,
     ring,
     streams,
+    weights,
 )
 
 SCENARIOS: tuple[Scenario, ...] = (
@@ -28,6 +29,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     ring.SCENARIO,
     fleet.SCENARIO,
     streams.SCENARIO,
+    weights.SCENARIO,
     busy.SCENARIO,
     owner.SCENARIO,
     memory.SCENARIO,

@@ -1,5 +1,6 @@
 """Publishers and subscribers over every route: one consistent version, and the newest one, at any pace."""
 
+import itertools
 import os
 import pickle
 import signal
@@ -74,6 +75,84 @@ def test_a_version_is_never_a_mixture_however_fast_they_come(route: Route) -> No
             end = last()
             assert seen == sorted(seen)
             assert subscriber.newest(timeout=SECONDS).version == end
+
+
+@pytest.mark.parametrize("timeout", [0.0, SECONDS])
+def test_large_versions_arrive_although_newer_ones_are_published_meanwhile(route: Route, timeout: float) -> None:
+    stop = threading.Event()
+
+    def publish(publisher: Publisher) -> None:
+        while not stop.is_set():
+            publisher.publish(weights(publisher.version + 1, 1 << 20), timeout=SECONDS)
+
+    with (
+        publisher_of(route) as publisher,
+        in_thread(lambda: publish(publisher)),
+        subscriber_of(route) as subscriber,
+    ):
+        seen = [0]
+
+        def read() -> bool:
+            try:
+                found = subscriber.newest(after=seen[-1], timeout=timeout)
+            except StreamTimeout:
+                assert timeout == 0
+                return False
+            assert set(found["w"].tolist()) == {float(found.version)} == {float(found["b"])}
+            assert (found.received_bytes > found["w"].nbytes) is not route.in_place
+            seen.append(found.version)
+            return len(seen) > 10
+
+        try:
+            wait_until(read, "ten versions", 60)
+        finally:
+            stop.set()
+        assert seen == sorted(set(seen))
+
+
+def test_the_version_that_an_earlier_call_began_to_read_comes_if_the_newest_one_does_not() -> None:
+    route = Route("tcp")
+    going, go = os.pipe()
+
+    def publish(ready: int) -> None:
+        with publisher_of(route) as publisher:
+            os.write(ready, publisher.addresses[0].encode())
+            while os.read(going, 1):
+                publisher.publish(weights(publisher.version + 1, 1 << 22), timeout=SECONDS)
+                os.write(ready, b"x")
+
+    def publish_one() -> None:
+        os.write(go, b"x")
+        assert os.read(reading, 1) == b"x"
+
+    with (
+        forked(publish) as (pid, reading),
+        Subscriber(os.read(reading, 1000).decode(), secret=route.secret) as one,
+    ):
+
+        def has_begun(number: int) -> bool | None:
+            """Version `number` is being read; None if it has been read, and was returned."""
+            try:
+                assert one.newest(after=number - 1, timeout=0).version == number
+            except StreamTimeout as error:
+                return "the bytes have not come" in str(error)
+            return None
+
+        tries: list[bool | None] = []
+        for number in itertools.count(1):
+            publish_one()
+            wait_until(lambda n=number: tries.append(has_begun(n)) or tries[-1] is not False, "the announcement")
+            if tries[-1]:
+                break
+        publish_one()
+        publish_one()  # has the place of the one that is being read, and so waits for that
+        os.kill(pid, signal.SIGSTOP)
+        found = one.newest(after=number - 1, timeout=0.3)
+        os.kill(pid, signal.SIGCONT)
+        assert (found.version, set(found["w"].tolist())) == (number, {float(number)})
+        assert one.newest(after=number + 1, timeout=SECONDS).version == number + 2
+    for each in (going, go):
+        os.close(each)
 
 
 def test_a_subscriber_that_did_not_look_for_long_gets_the_newest_version(route: Route) -> None:

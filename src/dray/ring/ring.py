@@ -37,6 +37,8 @@ class SharedRingBuffer(Closing):
         retain: ``"unread"`` keeps each payload until it is consumed. ``"newest"`` keeps only the payload committed
             last: leases do not consume, and a commit retires the payload before it. That needs as many slots as
             there are concurrent leases, plus two, and excludes ``"overwrite"``.
+        parts: with ``retain="newest"``, kinds of payload that are kept side by side, such as a value and what has
+            changed in it: each has the slots whose index modulo `parts` is its number, and a newest payload.
         clock: the source of deadlines and ages.
         prefault: reserve all of the memory now instead of at the first write to each page.
         machine: where locks, and what is shared with direct consumers, come from.
@@ -44,7 +46,7 @@ class SharedRingBuffer(Closing):
     Attributes:
         producer_id: 16 random bytes that name this ring.
         segment: its memory.
-        slots, slot_bytes, on_full, readers, retain, machine: as given.
+        slots, slot_bytes, on_full, readers, retain, parts, machine: as given.
 
     Raises:
         ConfigError: an argument is not allowed, or the system cannot provide that much memory.
@@ -59,30 +61,33 @@ class SharedRingBuffer(Closing):
         on_full: OnFull = "block",
         readers: int = 1,
         retain: Retain = "unread",
+        parts: int = 1,
         clock: Clock = MONOTONIC,
         prefault: bool = False,
         machine: Machine = MACHINE,
     ) -> None:
         layout = SegmentLayout(slots, slot_bytes)
-        _check_policy(slots, on_full, readers, retain)
+        _check_policy(slots=slots, on_full=on_full, readers=readers, retain=retain, parts=parts)
         self.slots = slots
         self.slot_bytes = slot_bytes
         self.on_full = on_full
         self.readers = readers
         self.retain = retain
+        self.parts = parts
         self.machine = machine
         self.producer_id = os.urandom(PRODUCER_ID_BYTES)
         self.segment = Segment.create(layout, self.producer_id, prefault=prefault)
         self._table = SlotTable(
-            self.segment, readers=readers, on_full=on_full, retain=retain, clock=clock, machine=machine
+            self.segment, machine, clock, readers=readers, on_full=on_full, retain=retain, parts=parts
         )
 
-    def claim(self, nbytes: int, timeout: float | None = 30.0) -> SlotWriter:
+    def claim(self, nbytes: int, timeout: float | None = 30.0, *, part: int = 0) -> SlotWriter:
         """Take a free slot for a payload of `nbytes` bytes.
 
         Args:
             nbytes: 0 … `slot_bytes`.
             timeout: seconds to wait for a free slot; ``None`` for no limit.
+            part: the kind of payload.
 
         Raises:
             PayloadTooLargeError: a slot is smaller; nothing is claimed.
@@ -94,26 +99,28 @@ class SharedRingBuffer(Closing):
             raise PayloadTooLargeError(
                 f"a payload of {nbytes} bytes does not fit into {self.slot_bytes}-byte slots"
             )
+        if part.__class__ is not int or not 0 <= part < self.parts:
+            raise ConfigError("part", part, f"an integer from 0 to {self.parts - 1}")
         table = self._table
         with table.lock:
             if table.closed:
                 table.check_open()
             if table.lost or table.changing:
                 table.mend()
-            if table.can_claim:
-                return self._take_locked(nbytes)
-        return self._claim_later(nbytes, timeout)
+            if table.can_claim(part):
+                return self._take_locked(nbytes, part)
+        return self._claim_later(nbytes, part, timeout)
 
-    def _take_locked(self, nbytes: int) -> SlotWriter:
+    def _take_locked(self, nbytes: int, part: int) -> SlotWriter:
         table = self._table
         table.changing = True
-        slot = table.claim(nbytes)
+        slot = table.claim(nbytes, part)
         writer = SlotWriter(table, slot, nbytes)
         slot.writer = weakref.ref(writer, table.lost.append)
         table.changing = False
         return writer
 
-    def _claim_later(self, nbytes: int, timeout: float | None) -> SlotWriter:
+    def _claim_later(self, nbytes: int, part: int, timeout: float | None) -> SlotWriter:
         """`claim` a slot that is free once the words of consumers were read, or once one becomes free."""
         table = self._table
         deadline = Deadline.after(timeout, table.clock)
@@ -125,8 +132,8 @@ class SharedRingBuffer(Closing):
                 self.observe(drop=self.on_full == "overwrite", new_bell=new)
                 with table.lock:
                     self._open_table_locked()
-                    if table.find_free():
-                        return self._take_locked(nbytes)
+                    if table.find_free(part):
+                        return self._take_locked(nbytes, part)
                     table.check_time(deadline)
                     new = bell.set_locked()
                     if not new and table.notified == notified:
@@ -418,13 +425,14 @@ class _Doorbell:
         self._set = None
 
 
-def _check_policy(slots: int, on_full: str, readers: int, retain: str) -> None:
+def _check_policy(*, slots: int, on_full: str, readers: int, retain: str, parts: int) -> None:
     """Raise `ConfigError` unless the arguments of a ring go together."""
     checked_int("readers", readers, 1, MAX_READERS)
     for key, value, allowed in (("on_full", on_full, get_args(OnFull)), ("retain", retain, get_args(Retain))):
         if value not in allowed:
             raise ConfigError(key, value, f"one of {', '.join(allowed)}")
-    if retain == "newest" and slots < 2:
-        raise ConfigError("slots", slots, 'at least 2 with retain = "newest"')
+    checked_int("parts", parts, 1, slots if retain == "newest" else 1)
+    if retain == "newest" and slots < 2 * parts:
+        raise ConfigError("slots", slots, f'at least {2 * parts} with retain = "newest"')
     if retain == "newest" and on_full == "overwrite":
         raise ConfigError("on_full", on_full, 'block or error with retain = "newest", which drops by itself')

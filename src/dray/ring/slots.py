@@ -19,7 +19,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, TypeAlias
 
 from dray.clock import Clock, Deadline
@@ -61,8 +61,9 @@ class SlotTable:
     """
 
     def __init__(
-        self, segment: Segment, *, readers: int, on_full: OnFull, retain: Retain, clock: Clock, machine: Machine
-    ) -> None:
+        self, segment: Segment, machine: Machine, clock: Clock,
+        *, readers: int, on_full: OnFull, retain: Retain, parts: int,
+    ) -> None:  # fmt: skip
         layout = segment.layout
         self._machine = machine
         self.lock = machine.lock()
@@ -78,19 +79,16 @@ class SlotTable:
         self.clock, self._now = clock, clock.now
         self._claimable = machine.condition(self.lock)
         self._claimers = self.notified = 0  # threads that wait on `_claimable`; how often it was notified
-        self._slot_bytes = layout.slot_bytes
-        self._memory = segment.view
-        self._on_full = on_full
-        self._newest_only = retain == "newest"
-        self._newest: Slot | None = None
+        self._slot_bytes, self._memory = layout.slot_bytes, segment.view
+        self._on_full, self._newest_only = on_full, retain == "newest"
+        self._newest: list[Slot | None] = [None] * parts
         self._readers = readers
         self._all_readers = (1 << readers) - 1
         self._short = self._enough = max(1, layout.slots // 4)  # with fewer free slots, those due are checked
         self._worded: set[Slot] = set()  # those with `words`
-        self._claimed = self._committed = self._committed_bytes = self._aborted = 0
-        self._leased = self._copied = self._consumed = 0
+        self._claimed = self._committed = self._committed_bytes = self._aborted = self._servers = 0
+        self._leased = self._copied = self._consumed = self._stale_reads = self._stale_consumes = 0
         self._dropped_unread = self._dropped_delivered = self._replaced = 0
-        self._stale_reads = self._stale_consumes = self._servers = 0
         self._claim_waits = self._full_errors = self._late_looks = 0
         self._claim_wait_seconds = 0.0
         _tables.add(self)
@@ -111,7 +109,7 @@ class SlotTable:
             if slot.state is _WRITING:
                 if slot.writer is None or slot.writer() is None:
                     slot.state = _FREE
-            elif slot.consumed_by == self._all_readers or (self._newest_only and slot is not self._newest):
+            elif slot.consumed_by == self._all_readers or (self._newest_only and slot not in self._newest):
                 slot.retired = True
             if slot.state is _FREE or (slot.retired and not slot.leases and not self._attached):
                 slot.state, slot.retired, slot.writer = _FREE, True, None
@@ -131,8 +129,7 @@ class SlotTable:
         self.live = OrderedDict((slot.sequence, slot) for slot in live)
         self.ready = sum(slot.state is _READY for slot in live)
         self.leases = sum(slot.leases for slot in live)
-        if self._newest is not None and self._newest.retired:
-            self._newest = None
+        self._newest = [None if slot is None or slot.retired else slot for slot in self._newest]
         self._claimed = max(self._claimed, 1 + max(slot.sequence for slot in self.slots))
         self._aborted = self._claimed - self._committed - sum(slot.state is _WRITING for slot in live)
         # What the interrupted change retired and did not count, counts as dropped.
@@ -141,15 +138,20 @@ class SlotTable:
         self._claimable.notify_all()
         self.changing = False
 
-    @property
-    def can_claim(self) -> bool:
+    def can_claim(self, part: int) -> bool:
         """A slot is free, and there is no reason to search for more first."""
-        return len(self.free) >= (1 if self.direct is None else self._enough)
+        enough = len(self.free) >= (1 if self.direct is None else self._enough)
+        return enough and (len(self._newest) == 1 or any(self._free_for(part)))
 
-    def find_free(self) -> bool:
+    def find_free(self, part: int) -> bool:
         """A slot is free, perhaps because the oldest payload was dropped."""
         self._enough = min(self._short, max(1, len(self.free) // 2))
-        return bool(self.free) or (self._on_full == "overwrite" and not self._attached and self._drop_oldest())
+        if not self.free and self._on_full == "overwrite" and not self._attached:
+            self._drop_oldest()
+        return any(self._free_for(part))
+
+    def _free_for(self, part: int) -> Iterator[Slot]:
+        return iter(self.free) if (n := len(self._newest)) == 1 else (s for s in self.free if s.index % n == part)
 
     def check_time(self, deadline: Deadline) -> None:
         """Return if a claim may wait for a slot.
@@ -199,12 +201,13 @@ class SlotTable:
             self.begin_scan()
             self._late_looks += (self.notified, self._consumed) != before
 
-    def claim(self, nbytes: int) -> Slot:
-        """FREE → WRITING for the slot that has been free longest; there must be one.
+    def claim(self, nbytes: int, part: int) -> Slot:
+        """FREE → WRITING for the slot of `part` that has been free longest; there must be one.
 
         The caller sets `changing` before, and clears it when the slot refers to its writer.
         """
-        slot = self.free.popleft()
+        slot = next(self._free_for(part))
+        self.free.remove(slot)
         slot.state = after(slot.state, _CLAIM)
         slot.sequence = sequence = self._claimed
         self._claimed = sequence + 1
@@ -218,7 +221,7 @@ class SlotTable:
         return slot
 
     def commit(self, slot: Slot, nbytes: int) -> None:
-        """WRITING → READY with `nbytes` bytes; with ``retain="newest"``, the payload before it retires."""
+        """WRITING → READY with `nbytes` bytes; with ``retain="newest"``, the one of its part before it retires."""
         slot.committed_at = now = self._now()
         slot.state = after(slot.state, _COMMIT)
         slot.nbytes = nbytes
@@ -230,10 +233,11 @@ class SlotTable:
         if self.direct is not None:
             self.direct.publish(slot.index, slot.sequence)
         if self._newest_only:
-            if self._newest is not None:
-                self._retire(self._newest)
+            part = slot.index % len(self._newest)
+            if (before := self._newest[part]) is not None:
+                self._retire(before)
                 self._replaced += 1
-            self._newest = slot
+            self._newest[part] = slot
         self.changing = False
         self.notify_claims()
 
@@ -246,8 +250,7 @@ class SlotTable:
             slot.retired = True
             slot.wake()
         else:
-            if self._newest is slot:
-                self._newest = None
+            self._newest = [None if each is slot else each for each in self._newest]
             self._retire(slot)
             self._dropped_unread += 1
         self.changing = False
@@ -352,19 +355,18 @@ class SlotTable:
         ready = (now - slot.committed_at for slot in self.live.values() if slot.state is _READY)
         reading = (now - slot.leased_at for slot in self.live.values() if slot.state is _READING)
         return RingStatistics(
-            slots=len(self.slots), slot_bytes=self._slot_bytes,
+            slots=len(self.slots), slot_bytes=self._slot_bytes, claimed=self._claimed, aborted=self._aborted,
             free=count[_FREE], writing=count[_WRITING], ready=count[_READY], reading=count[_READING],
             leases=self.leases + sum(slot.words for slot in self._worded),
-            claimed=self._claimed, aborted=self._aborted,
             committed=self._committed, committed_bytes=self._committed_bytes,
             leased=self._leased, copied=self._copied, consumed=self._consumed, retired=self._replaced,
             dropped_unread=self._dropped_unread, dropped_delivered=self._dropped_delivered,
             stale_reads=self._stale_reads, stale_consumes=self._stale_consumes,
-            double_releases=self.double_releases, full_errors=self._full_errors,
+            double_releases=self.double_releases, full_errors=self._full_errors, late_looks=self._late_looks,
             claim_waits=self._claim_waits, claim_wait_seconds=self._claim_wait_seconds,
             oldest_ready_age=next(ready, None) if count[_READY] else None,
             oldest_lease_age=max(itertools.islice(reading, count[_READING]), default=None),
-            late_looks=self._late_looks, **({} if self.direct is None else self.direct.statistics()),
+            **({} if self.direct is None else self.direct.statistics()),
         )  # fmt: skip
 
     def check_open(self) -> None:
@@ -383,15 +385,13 @@ class SlotTable:
         reading = len(self.live) - writing - self.ready
         return {_FREE: len(self.free), _WRITING: writing, _READY: self.ready, _READING: reading}
 
-    def _drop_oldest(self) -> bool:
-        """Free the oldest READY payload; false when there is none. Walks past older ones that are in use."""
-        if not self.ready:
-            return False
-        slot = next(slot for slot in self.live.values() if slot.state is _READY)
-        self._learn(slot, range(self._readers))  # from consumers that ended after the board was read
-        if not slot.retired:
-            self._drop(slot)
-        return True
+    def _drop_oldest(self) -> None:
+        """Free the oldest READY payload, if there is one. Walks past older ones that are in use."""
+        slot = next((slot for slot in self.live.values() if slot.state is _READY), None) if self.ready else None
+        if slot is not None:
+            self._learn(slot, range(self._readers))  # from consumers that ended after the board was read
+            if not slot.retired:
+                self._drop(slot)
 
     def _drop(self, slot: Slot) -> None:
         self.changing = True

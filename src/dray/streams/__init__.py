@@ -15,9 +15,9 @@ and consumers name it. What is promised, and what is not, stands in docs/referen
 
 from dray.identifiers import PayloadId
 from dray.streams.consumer import Consumer, ConsumerStatistics
-from dray.streams.payload import Payload
+from dray.streams.payload import Payload, Weights
 from dray.streams.producer import DeadLetter, GroupStatistics, Producer
-from dray.streams.weights import Publisher, Subscriber, Weights
+from dray.streams.weights import Publisher, Subscriber
 
 __all__ = [
     "Consumer",

@@ -16,7 +16,7 @@ import os
 import select
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import (
@@ -106,9 +106,7 @@ class Inbox(Closing):
         self._clients: dict[int, PayloadClient] = {}
         self._surroundings = surroundings
         self._receive_at = -math.inf
-        self._reading: Tasks[Source, Values | None] = Tasks(
-            surroundings.start, self._wake_up, max(1, wanted.prefetch)
-        )
+        self._reading: Tasks[Source, Any] = Tasks(surroundings.start, self._wake_up, max(1, wanted.prefetch))
         self.late = self._reading.by_key
         with contextlib.ExitStack() as opened:
             with needing("a consumer"):

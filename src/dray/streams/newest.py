@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dray.protocol.streams import Given, Returned
 from dray.ring.shared_words import SharedWords
@@ -18,14 +19,35 @@ from dray.ring.stream_words import StreamWords
 from dray.streams.delivery import Connection, RingView
 
 
-@dataclass(frozen=True, slots=True)
-class Version:
-    """A version that was published: its number, its payload's slot, sequence number and size."""
+class Part(NamedTuple):
+    """A payload of a version."""
 
-    number: int
     slot: int
     sequence: int
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A version that was published.
+
+    Attributes:
+        number: its number.
+        full: the payload that is all of it.
+        delta: what has changed, see `dray.streams.sparse`; None if there is no such payload.
+        base: the number of the version before it.
+    """
+
+    number: int
+    full: Part
+    delta: Part | None
+    base: int
+
+    def part_for(self, announced: Version | None) -> Part:
+        """What a subscriber that takes deltas reads, given the version that was announced to it last."""
+        if self.delta is None or announced is None or announced.number < self.base:
+            return self.full
+        return self.delta
 
 
 class Follower:
@@ -36,14 +58,22 @@ class Follower:
         connection: the connection to it.
         pid: its process; None if that is not known.
         words: shared memory, where it leases directly.
+        deltas: versions travel over a network to it.
     """
 
     def __init__(
-        self, newest: NewestDelivery, connection: Connection, *, pid: int | None, words: StreamWords | None
+        self,
+        newest: NewestDelivery,
+        connection: Connection,
+        *,
+        pid: int | None,
+        words: StreamWords | None,
+        deltas: bool,
     ) -> None:
         self.connection = connection
         self.pid = pid
         self.stream_words = words
+        self.deltas = deltas
         self.active = False
         self.announced: Version | None = None
         self.waits = True  # it has used up its credit, and gets the newest version once it gives more
@@ -122,14 +152,22 @@ class NewestDelivery:
         with self.lock:
             self._announce_to_all()
 
-    def subscribe(self, connection: Connection, *, pid: int | None, words: StreamWords | None) -> Follower:
-        """A new subscriber, to which versions are announced from its `start` on."""
-        follower = Follower(self, connection, pid=pid, words=words)
+    def subscribe(
+        self, connection: Connection, *, pid: int | None, words: StreamWords | None, deltas: bool = False
+    ) -> Follower:
+        """A new subscriber, to which versions are announced from its `start` on; see `Follower`."""
+        follower = Follower(self, connection, pid=pid, words=words, deltas=deltas)
         with self.lock:
             if words is not None:
                 words.pending = True
             self.followers.append(follower)
         return follower
+
+    @property
+    def wants_deltas(self) -> bool:
+        """A subscriber gets the next version over a network."""
+        with self.lock:
+            return any(follower.deltas for follower in self.followers)
 
     def close(self) -> None:
         """Announce nothing any more, and notify the subscribers of the end."""
@@ -161,11 +199,11 @@ class NewestDelivery:
         if not follower.has_credit or (follower.announced is version and not follower.waits):
             return
         try:
+            part = version.part_for(follower.announced) if follower.deltas else version.full
             follower.announced = version
             follower.given += 1
             follower.waits = not follower.has_credit
-            given = Given(version.slot, version.sequence, version.nbytes, next(self._numbers), version.number)
-            follower.connection.announce(given)
+            follower.connection.announce(Given(*part, next(self._numbers), version.number))
         except BaseException:
             follower.connection.abort()
             raise

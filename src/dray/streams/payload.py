@@ -126,3 +126,31 @@ class Payload(NamedValues):
 
     def _title(self) -> str:
         return str(self.id)
+
+
+class Weights(NamedValues):
+    """One version of the arrays of a publisher.
+
+    Arrays that come from a publisher on another host with ``delta="sparse"`` are read-only: the next delta is
+    applied to a copy of them.
+
+    Attributes:
+        version: its number.
+        publisher: the publisher's id: after a restart, numbers may begin again.
+        delta: only what has changed since the version before has travelled.
+        received_bytes: how many bytes have travelled; 0 if the arrays are in place.
+    """
+
+    __slots__ = ("delta", "publisher", "received_bytes", "version")
+
+    def __init__(
+        self, values: Values, *, version: int, publisher: bytes, in_place: bool, delta: bool, received_bytes: int
+    ) -> None:
+        super().__init__(values, in_place)
+        self.version = version
+        self.publisher = publisher
+        self.delta = delta
+        self.received_bytes = received_bytes
+
+    def _title(self) -> str:
+        return f"version {self.version}"

@@ -15,6 +15,7 @@ from dray.ring.attachment import Attachment, DirectLease
 from dray.streams.payload import Payload
 from dray.transport import PayloadClient
 from dray.transport.direct_reads import DirectReads, end_with, in_slot
+from dray.transport.receive_buffers import Bytes
 from dray.transport.subscription import Subscription
 
 MIN_FREE_LEASES: Final = 2
@@ -22,11 +23,12 @@ MIN_FREE_LEASES: Final = 2
 must not stop the stream."""
 
 READ_SECONDS: Final = 30.0
-"""Time limit for a payload, or an acknowledgement, over a connection."""
+"""Time limit for a payload, or an acknowledgement, over a connection, besides the time for its bytes."""
 
 PATIENCE_SECONDS: Final = 0.5
 MIN_BYTES_PER_SECOND: Final = 10_000_000
-"""A program that asks for a payload waits so long for the first attempt to read it, and for its bytes."""
+"""A program that asks for a payload waits so long for the first attempt to read it, and for its bytes. Bytes may
+travel as slowly as that."""
 
 PAUSE_SECONDS: Final = 0.02
 """Time before such a request is repeated after a failure."""
@@ -112,17 +114,56 @@ class Source(Closing):
             return None
 
     def reader(self, given: streams.Given) -> Callable[[], Values | None]:
-        """A function, for any thread, that reads a payload over connections in at most `READ_SECONDS`.
+        """A function, for any thread, that reads a payload over connections.
 
-        It returns None if the payload is gone, and raises TransportError if it could not be read.
+        It takes at most `READ_SECONDS`, and the time of the bytes at `MIN_BYTES_PER_SECOND`. It returns None if
+        the payload is gone, and raises TransportError if it could not be read.
         """
         client, ref = self._client(self.subscription.reader), self._ref(given)
 
         def read() -> Values | None:
             try:
-                return self._persist(lambda timeout: client.read(ref, timeout=timeout, consume=False))
+                return self._persist(lambda left: client.read(ref, timeout=left, consume=False), given.nbytes)
             except (StaleSlotError, ProducerLostError):
                 return None
+
+        return read
+
+    def read_in_place(self, given: streams.Given) -> Values | None:
+        """The arrays of a payload in its slot; None if it is to be read over a connection. Nothing is consumed.
+
+        Raises:
+            StaleSlotError, ProducerLostError: it is gone.
+            PayloadFormatError: its bytes are not arrays.
+        """
+        attachment = self._attachment
+        if attachment is None:
+            return None
+        lease = attachment.lease(given.slot, given.sequence, given.nbytes)
+        if lease is not None:
+            return self._in_place(attachment, lease)
+        if attachment.closed:
+            raise ProducerLostError(f"{self.name} has ended")
+        return None
+
+    def read_bytes(self, given: streams.Given, deadline: Deadline) -> Bytes:
+        """The bytes of a payload over a connection, by one attempt as in `read`. Nothing is consumed.
+
+        Raises:
+            StaleSlotError, ProducerLostError: it is gone.
+            TransportError: it has failed, or its time had passed.
+        """
+        client = self._client(self.subscription.reader)
+        attempt = deadline.capped_at(PATIENCE_SECONDS + given.nbytes / MIN_BYTES_PER_SECOND)
+        return client.read_bytes(self._ref(given), timeout=attempt.timeout, consume=False)
+
+    def bytes_reader(self) -> Callable[[streams.Given], Bytes]:
+        """A function, for any thread, that is like `read_bytes` and makes attempts as long as `reader`."""
+        client = self._client(self.subscription.reader)
+
+        def read(given: streams.Given) -> Bytes:
+            ref = self._ref(given)
+            return self._persist(lambda left: client.read_bytes(ref, timeout=left, consume=False), given.nbytes)
 
         return read
 
@@ -236,8 +277,8 @@ class Source(Closing):
         attachment.count_read(lease)
         return unpack(array)
 
-    def _persist(self, request: Callable[[float | None], T]) -> T:
-        """The result of a request, over new connections, for at most `READ_SECONDS`.
+    def _persist(self, request: Callable[[float | None], T], nbytes: int = 0) -> T:
+        """The result of a request that brings `nbytes` bytes, over new connections, before its deadline.
 
         While a process dies, its sockets are closed one after the other: several connections may be accepted and
         reset before its address refuses them, which shows that it is lost.
@@ -246,7 +287,7 @@ class Source(Closing):
             ProducerLostError: the producer is gone.
             TransportError: it could not be reached in time.
         """
-        deadline = Deadline.after(READ_SECONDS, self._clock)
+        deadline = Deadline.after(READ_SECONDS + nbytes / MIN_BYTES_PER_SECOND, self._clock)
         while True:
             try:
                 return request(deadline.timeout)

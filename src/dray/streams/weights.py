@@ -7,52 +7,40 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self, get_args
+
+import numpy as np
 
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.errors import BufferClosedError, BufferFullError, ConfigError, TransportError
+from dray.errors import BufferClosedError, BufferFullError, ConfigError, StaleSlotError
 from dray.exclusive import Exclusive
 from dray.forking import here
-from dray.payload import Values
 from dray.payload.codec import plan
 from dray.protocol.handshake import check_secret
-from dray.protocol.streams import Given
 from dray.resources import Closing
 from dray.ring import SharedRingBuffer
+from dray.ring.lease import SlotWriter
+from dray.streams import sparse
 from dray.streams.addresses import ListenOn, find_stream
-from dray.streams.inbox import Inbox
-from dray.streams.newest import Follower, NewestDelivery, Version
-from dray.streams.payload import NamedValues
+from dray.streams.newest import Follower, NewestDelivery, Part, Version
+from dray.streams.newest_inbox import NewestInbox
+from dray.streams.payload import Weights
 from dray.streams.registry import Registry, checked_name, command_line
 from dray.streams.serving import RingOfStream, ServedConsumer, StreamServer
-from dray.streams.source import Source
 from dray.streams.wanted import Report, Wanted
 from dray.transport import PayloadServer
 from dray.transport.service import ConsumerConnection
 
-VERSION_BYTES: Final = 1 << 36
+VERSION_BYTES: Final = 1 << 40
 GROUP: Final = "subscribers"
-_CREDIT: Final = 16
-"""Announcements that may lie at a subscriber that does not receive."""
 
+DELTA_SHARE: Final = 2
+"""A delta has at most this fraction of the bytes of its version, so that memory for deltas is bounded."""
 
-class Weights(NamedValues):
-    """One version of the arrays of a publisher.
+DELTA_SECONDS: Final = 0.1
+"""How long `publish` waits for room for a delta. Without it, subscribers read the whole version."""
 
-    Attributes:
-        version: its number.
-        publisher: the publisher's id: after a restart, numbers may begin again.
-    """
-
-    __slots__ = ("publisher", "version")
-
-    def __init__(self, arrays: Values, in_place: bool, *, version: int, publisher: bytes) -> None:
-        super().__init__(arrays, in_place)
-        self.version = version
-        self.publisher = publisher
-
-    def _title(self) -> str:
-        return f"version {self.version}"
+DeltaMode = Literal["full", "sparse"]
 
 
 class Publisher(Closing):
@@ -64,6 +52,9 @@ class Publisher(Closing):
     Args:
         name: 1 to 64 letters, digits, '.', '_' and '-'.
         versions: how many versions there can be at a time, at least 2.
+        delta: what travels to subscribers on other hosts: ``"full"`` versions, or ``"sparse"``: only the elements
+            whose bits have changed since the version before, to a subscriber that has that one. There can be
+            `versions` deltas at a time; one has at most half the bytes of its version.
         slot_bytes: the size limit of a version; it is no reservation.
         listen: an address for subscribers on other hosts, as for `Producer`.
         secret: the secret that subscribers at that address must know, at least 16 random bytes.
@@ -85,6 +76,7 @@ class Publisher(Closing):
         name: str,
         *,
         versions: int = 2,
+        delta: DeltaMode = "full",
         slot_bytes: int = VERSION_BYTES,
         listen: str | Sequence[str] = (),
         secret: bytes | None = None,
@@ -94,16 +86,20 @@ class Publisher(Closing):
         self.name = checked_name(name)
         if versions.__class__ is not int or not 2 <= versions <= 64:
             raise ConfigError("versions", versions, "an integer from 2 to 64")
+        if delta not in get_args(DeltaMode):
+            raise ConfigError("delta", delta, " or ".join(map(repr, get_args(DeltaMode))))
         places = ListenOn.parse(listen)
         self._mark = here[0]
         self._closed = False
         self._last = 0
+        self._metadata = sparse.METADATA if delta == "sparse" else None
+        parts = 1 if delta == "full" else 2
         with contextlib.ExitStack() as opened:
             self._registry = registry = opened.enter_context(Registry(name, scope))
             registry.lock_publisher()
             self.scope = registry.scope
             self._ring = ring = opened.enter_context(
-                SharedRingBuffer(versions, slot_bytes, retain="newest", clock=clock)
+                SharedRingBuffer(versions * parts, slot_bytes, retain="newest", parts=parts, clock=clock)
             )
             self.id = ring.producer_id
             self._newest = NewestDelivery(RingOfStream(ring))
@@ -146,23 +142,56 @@ class Publisher(Closing):
         number = self._last + 1 if version is None else version
         if number.__class__ is not int or not self._last < number < 1 << 63:
             raise ConfigError("version", version, f"an integer of more than {self._last}")
-        packed = plan(arrays)
+        packed = plan(arrays, metadata=self._metadata)
         try:
             writer = self._ring.claim(packed.nbytes, timeout)
         except BufferFullError as error:
-            users = sorted({lease.pid for lease in self._ring.direct_leases()})
+            newest = None if self._newest.version is None else self._newest.version.full.sequence
+            users = sorted({lease.pid for lease in self._ring.direct_leases() if lease.sequence != newest})
             who = f"process {', '.join(map(str, users))}" if users else "a subscriber on another host"
             why = f"{self.name!r}: {who} still uses an older version; raise versions, or copy what is kept"
             raise BufferFullError(why, elapsed=error.elapsed) from None
+        delta = None
         try:
             packed.write(writer.buffer)
+            full, changes = Part(writer.slot, writer.sequence, packed.nbytes), None
+            before = self._newest.version
+            if self._metadata is not None and before is not None and self._newest.wants_deltas:
+                delta = self._delta_writer(packed.nbytes // DELTA_SHARE)
+                if delta is not None:
+                    changes = self._encode(before, writer, delta)
             writer.commit()
-            self._newest.publish(Version(number, writer.slot, writer.sequence, packed.nbytes))
+            if delta is not None and changes is not None:
+                delta.commit(changes.nbytes)
+            self._newest.publish(Version(number, full, changes, 0 if before is None else before.number))
         except BaseException:
             writer.withdraw()
+            if delta is not None:
+                delta.withdraw()
             raise
         self._last = number
         return number
+
+    def _delta_writer(self, nbytes: int) -> SlotWriter | None:
+        """Room for a delta; None if subscribers are still reading all earlier ones: this version travels whole."""
+        try:
+            return self._ring.claim(nbytes, DELTA_SECONDS, part=1)
+        except BufferFullError:
+            return None
+
+    def _encode(self, before: Version, writer: SlotWriter, delta: SlotWriter) -> Part | None:
+        """Write what has changed since the version before; None if that is too much: the slot is free again."""
+        nbytes = 0
+        with contextlib.suppress(StaleSlotError):  # an exception of a signal handler has withdrawn that version
+            with self._ring.read_raw(before.full.slot, before.full.sequence) as lease:
+                old, new, target = (np.frombuffer(each.buffer, np.uint8) for each in (lease, writer, delta))
+                nbytes = sparse.encode(
+                    old, new, target, base=before.number, slot=writer.slot, sequence=writer.sequence
+                )
+        if not nbytes:
+            delta.abort()
+            return None
+        return Part(delta.slot, delta.sequence, nbytes)
 
     @property
     def version(self) -> int:
@@ -222,12 +251,12 @@ class Subscriber(Closing):
 
     def _reset(self) -> None:
         self._exclusive = Exclusive()
-        self._inbox: _NewestInbox | None = None
+        self._inbox: NewestInbox | None = None
         self._closed = False
         self._mark = here[0]
 
     def newest(self, after: int | Weights | None = None, timeout: float | None = 30.0) -> Weights:
-        """The newest version.
+        """The newest version, or one that was the newest during the call.
 
         Args:
             after: wait for a version with a higher number, or, if `Weights` are given, for one that is newer than
@@ -242,6 +271,7 @@ class Subscriber(Closing):
         report = Report(MONOTONIC)
         with self._exclusively():
             inbox = self._opened()
+            inbox.begin_call()
             while True:
                 inbox.ask()
                 found = inbox.read(after, deadline)
@@ -286,9 +316,9 @@ class Subscriber(Closing):
             self._reset()
         return self._exclusive.call()
 
-    def _opened(self) -> _NewestInbox:
+    def _opened(self) -> NewestInbox:
         if self._inbox is None and not self._closed:
-            self._inbox = _NewestInbox(self._wanted)
+            self._inbox = NewestInbox(self._wanted)
         if self._closed:  # tested last: `close` in another thread may not have seen the inbox
             raise BufferClosedError("the subscriber is closed")
         assert self._inbox is not None
@@ -302,94 +332,6 @@ def _remake(wanted: Wanted) -> Subscriber:
     return subscriber
 
 
-def _is_newer(source: Source, given: Given, after: int | Weights | None) -> bool:
-    if after is None:
-        return True
-    if isinstance(after, Weights):
-        return source.producer != after.publisher or given.deliveries > after.version
-    return given.deliveries > after
-
-
-def _weights(source: Source, given: Given, arrays: Values, in_place: bool) -> Weights:
-    return Weights(arrays, in_place, version=given.deliveries, publisher=source.producer)
-
-
-class _NewestInbox(Inbox):
-    """Keeps the announcement that came last of each publisher; see `dray.streams.newest`."""
-
-    def __init__(self, wanted: Wanted) -> None:
-        self._expecting: set[Source] = set()
-        self._news = False
-        super().__init__(wanted)
-
-    def ask(self) -> None:
-        """Give credit; where it was used up, an announcement follows."""
-        self.receive()
-        for source in self.sources:
-            self._give_credit(source)
-
-    def read(self, after: int | Weights | None, deadline: Deadline) -> Weights | None:
-        """The newest version; None if there is none, if it is not newer than `after`, or if it is on its way.
-
-        Where its bytes come over a connection and take long, a thread continues, for this call or a later one.
-
-        Raises:
-            TransportError: it could not be read in `READ_SECONDS`.
-        """
-        newest = None if self._expecting or not self.queue else self.queue[-1]
-        task = self._reading.pop_done()
-        if task is not None and (deadline.expired or newest == (task[0], task[1].about)):
-            source, given = task[0], task[1].about
-            arrays = task[1].result()
-            if arrays is not None and _is_newer(source, given, after):
-                return _weights(source, given, arrays, False)
-        if newest is None or not _is_newer(*newest, after) or newest[0] in self.late:
-            return None
-        source, given = newest
-        try:
-            found = source.read(given, deadline)
-        except TransportError:
-            self._reading.begin(source, source.reader(given), given)
-            return None
-        if found is None:
-            self.queue.clear()  # a newer version has replaced it, and is announced
-            return None
-        return _weights(source, given, *found)
-
-    def has_news(self) -> bool:
-        return self._news or self._reading.ready > 0
-
-    def wait(self, deadline: Deadline, report: Report, *, ask: bool = True) -> None:
-        self._news = False
-        super().wait(deadline, report, ask=ask)
-
-    def _attached_to(self, source: Source) -> None:
-        self._give_credit(source)
-
-    def _take_in(self, source: Source, given: Given) -> None:
-        source.received += 1
-        self._expecting.discard(source)
-        self._news = True
-        self.queue.clear()
-        self.queue.append((source, given))
-
-    def _dropped(self, source: Source) -> None:
-        self._expecting.discard(source)
-
-    def _raise_credit(self) -> list[Source]:
-        return []
-
-    def _give_credit(self, source: Source) -> None:
-        subscription = source.subscription
-        if subscription.credit == source.received:
-            self._expecting.add(source)
-            subscription.set_credit(source.received + _CREDIT)
-            if subscription.pending:
-                subscription.ring()
-        else:
-            subscription.set_credit(source.received + _CREDIT)
-
-
 class _Service(StreamServer):
     """The stream of versions, for its server."""
 
@@ -400,7 +342,10 @@ class _Service(StreamServer):
     def subscribe(self, connection: ConsumerConnection, reader: int) -> Follower:
         self.log_attached(connection, reader)
         pid = connection.stream.peer_pid
-        return self._newest.subscribe(ServedConsumer(connection, reader), pid=pid, words=self.words(connection))
+        return self._newest.subscribe(
+            ServedConsumer(connection, reader), pid=pid, words=self.words(connection),
+            deltas=connection.stream.lane.in_band,
+        )  # fmt: skip
 
     def serve(self) -> None:
         self._newest.serve()

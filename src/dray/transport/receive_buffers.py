@@ -25,7 +25,7 @@ MAX_FREE_BYTES = 256 * 1024 * 1024
 
 
 class ReceiveBuffers:
-    """A pool of blocks whose sizes are powers of two. Thread-safe; nothing to close.
+    """A pool of blocks whose sizes are powers of two, up to its limit. Thread-safe; nothing to close.
 
     Args:
         max_free_bytes: free memory that is kept, in bytes.
@@ -48,7 +48,8 @@ class ReceiveBuffers:
         """
         if nbytes < MIN_POOLED_BYTES:
             return np.empty(nbytes, np.uint8)
-        capacity = 1 << (nbytes - 1).bit_length()
+        # What is too large to be kept is not rounded up: the system may not have twice a large payload.
+        capacity = nbytes if nbytes > self._max_free else 1 << (nbytes - 1).bit_length()
         with self._lock:
             self._collect()
             kept = self._free.get(capacity)

@@ -3,8 +3,9 @@ import time
 
 import pytest
 
-from dray.errors import BufferClosedError, BufferFullError, SlotError, StaleSlotError
+from dray.errors import BufferClosedError, BufferFullError, ConfigError, SlotError, StaleSlotError
 from dray.ring import SharedRingBuffer, SlotWriter
+from dray.ring.records import Retain
 
 
 class AskedClock:
@@ -297,6 +298,39 @@ def test_leased_payload_retires_with_its_last_lease() -> None:
         assert isinstance(result, SlotWriter)
         assert result.slot == old.slot
         writer.abort()
+
+
+def test_each_part_has_a_newest_payload_and_slots_of_its_own() -> None:
+    with SharedRingBuffer(4, 10, retain="newest", parts=2) as ring:
+
+        def put_part(part: int) -> SlotWriter:
+            writer = ring.claim(4, part=part)
+            writer.commit()
+            return writer
+
+        values = [put_part(0) for _ in range(3)]
+        changes = [put_part(1) for _ in range(3)]
+        assert {writer.slot % 2 for writer in values} == {0}
+        assert {writer.slot % 2 for writer in changes} == {1}
+        assert [info.sequence for info in ring.ready()] == [values[-1].sequence, changes[-1].sequence]
+        lease = ring.read_raw(values[-1].slot, values[-1].sequence)
+        newest = put_part(0)
+        with pytest.raises(BufferFullError):
+            ring.claim(4, timeout=0.01)
+        ring.claim(4, timeout=0.01, part=1).abort()
+        lease.release()
+        ring.claim(4, timeout=0.01).abort()
+        newest.withdraw()
+        assert [info.sequence for info in ring.ready()] == [changes[-1].sequence]
+        for part in (-1, 2, True):
+            with pytest.raises(ConfigError, match="part"):
+                ring.claim(4, part=part)
+
+
+@pytest.mark.parametrize(("slots", "retain", "parts"), [(3, "newest", 2), (4, "unread", 2), (4, "newest", 0)])
+def test_parts_need_slots_and_the_newest_payload_only(slots: int, retain: Retain, parts: int) -> None:
+    with pytest.raises(ConfigError, match=r"parts|slots"):
+        SharedRingBuffer(slots, 10, retain=retain, parts=parts)
 
 
 def test_aborted_write_does_not_retire_the_newest() -> None:

@@ -84,3 +84,8 @@ def test_threads_never_share_memory() -> None:
     for thread in threads:
         thread.join(30)
     assert not wrong
+
+
+def test_memory_that_is_too_large_to_be_kept_is_not_rounded_up() -> None:
+    memory = ReceiveBuffers(max_free_bytes=2 * MIB).allocate(3 * MIB + 1)
+    assert memoryview(memory.base).nbytes == 3 * MIB + 1
