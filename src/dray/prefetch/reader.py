@@ -14,7 +14,8 @@ from typing import Any
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.counters import Counters
 from dray.errors import BufferClosedError, ConfigError, DrayError
-from dray.payload import Values
+from dray.payload import Selection, Values
+from dray.payload.selection import Fields, Rows
 from dray.prefetch.batch import MAX_READS, MAX_ROUNDS, BatchFetch, DoubleBuffer, Fetched, ReadAttempts
 from dray.prefetch.freeing import CLOSE_SECONDS, FreeingThreads
 from dray.prefetch.threads import ReadThreads, Source, Threading
@@ -59,10 +60,12 @@ class BatchReader(Closing):
         read_timeout: seconds that one read of a payload, or of a group of a batch's payloads, may take.
         consume: free payloads that `collect` and `result` hand out. False leaves that to the caller, and `collect`
             keeps no results for `result`.
+        fields, rows: the part of each payload that is wanted, as for `PayloadClient.read`.
         clock, threading: sources of the time, and of locks and threads.
 
     Raises:
         ConfigError: an argument is not allowed.
+        SelectionError: `fields` and `rows` cannot be selected from any payload.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class BatchReader(Closing):
         rounds: int = MAX_ROUNDS,
         read_timeout: float | None = None,
         consume: bool = True,
+        fields: Fields | None = None,
+        rows: Rows | None = None,
         clock: Clock = MONOTONIC,
         threading: Threading = threading,
     ) -> None:
@@ -90,9 +95,11 @@ class BatchReader(Closing):
         self._consume = consume
         self._clock = clock
         self._counters = Counters("reads", "reads_again", "failed", "late", "freed", "unfreed", "refused_starts")
+        selection = Selection.of(fields, rows)
         self._threads = ReadThreads(
             source,
             self._counters,
+            selected={} if selection is None else selection.arguments,
             max_threads=threads,
             new_attempts=lambda deadline: ReadAttempts(deadline, attempts, max_seconds),
             on_retired=self._advance,
