@@ -72,7 +72,7 @@ class Selection:
     text: bytes = field(compare=False, repr=False)
 
     @classmethod
-    def of(cls, fields: Fields | None, rows: Rows | None = None) -> Selection | None:
+    def of(cls, fields: Fields | None = None, rows: Rows | None = None) -> Selection | None:
         """The selection for the arguments of a read; None if both are None.
 
         Args:
