@@ -14,6 +14,7 @@ from benchmarks.scenarios import (
     packing,
     reads,
     ring,
+    selection,
     streams,
 )
 
@@ -21,6 +22,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     in_place.SCENARIO,
     reads.SCENARIO,
     batches.SCENARIO,
+    selection.SCENARIO,
     idle.SCENARIO,
     packing.SCENARIO,
     ring.SCENARIO,

@@ -41,6 +41,7 @@ MAX_SELECTED: Final = 1024
 MAX_SELECTION_BYTES: Final = 64 << 10
 """Limit on the text of a selection."""
 
+_MAX_CACHED: Final = 64
 _MAX_CACHED_BYTES: Final = 4096
 _MAX_ROWS: Final = (1 << 63) - 1
 _MAX_SHOWN: Final = 8
@@ -89,8 +90,8 @@ class Selection:
         if rows is not None and not isinstance(rows, Mapping):
             raise SelectionError(f"rows must be a mapping of field to ranges, not {type(rows).__name__}")
         names = None if fields is None else tuple(fields)
-        ranges = tuple((name, tuple(_ranges(name, given))) for name, given in (rows or {}).items())
-        return cls._checked(names, ranges)
+        ranges = tuple([(name, tuple(_ranges(name, given))) for name, given in rows.items()]) if rows else ()
+        return _made(names, ranges)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -105,27 +106,6 @@ class Selection:
             SelectionError: it is not valid.
         """
         return (_cached_decode if len(text) <= _MAX_CACHED_BYTES else _decode)(text)
-
-    @classmethod
-    def _checked(cls, fields: Any, rows: tuple[tuple[Any, Any], ...]) -> Selection:
-        for name in (*(fields or ()), *(name for name, _ in rows)):
-            if type(name) is not str:
-                raise SelectionError(f"{printable_value(name)} is not the name of a field, which is text")
-        count = len(fields or ()) + sum(len(ranges) for _, ranges in rows)
-        if count > MAX_SELECTED:
-            raise SelectionError(f"{count} fields and ranges are selected; at most {MAX_SELECTED} can be")
-        for name, ranges in rows:
-            _check_order(name, ranges)
-        content: dict[str, Any] = {} if fields is None else {"fields": fields}
-        if rows:
-            content["rows"] = dict(rows)
-        try:
-            text = _to_json(content).encode()
-        except UnicodeEncodeError as error:
-            raise SelectionError(f"the name of a field is not valid Unicode: {error}") from error
-        if len(text) > MAX_SELECTION_BYTES:
-            raise SelectionError(f"the selection has {len(text)} bytes of text; at most {MAX_SELECTION_BYTES} fit")
-        return cls(fields, rows, text)
 
 
 class Part(NamedTuple):
@@ -191,6 +171,35 @@ def part_of(root: npt.NDArray[np.uint8], selection: Selection) -> Part:
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
+def _made(fields: tuple[Any, ...] | None, rows: tuple[tuple[Any, tuple[_Range, ...]], ...]) -> Selection:
+    """The selection, after checking it."""
+    for name in (*(fields or ()), *[name for name, _ in rows]):
+        if type(name) is not str:
+            raise SelectionError(f"{printable_value(name)} is not the name of a field, which is text")
+    count = len(fields or ()) + sum(len(ranges) for _, ranges in rows)
+    if count > MAX_SELECTED:
+        raise SelectionError(f"{count} fields and ranges are selected; at most {MAX_SELECTED} can be")
+    return (_cached_checked if count <= _MAX_CACHED else _checked)(fields, rows)
+
+
+def _checked(fields: tuple[str, ...] | None, rows: tuple[tuple[str, tuple[_Range, ...]], ...]) -> Selection:
+    for name, ranges in rows:
+        _check_order(name, ranges)
+    content: dict[str, Any] = {} if fields is None else {"fields": fields}
+    if rows:
+        content["rows"] = dict(rows)
+    try:
+        text = _to_json(content).encode()
+    except UnicodeEncodeError as error:
+        raise SelectionError(f"the name of a field is not valid Unicode: {error}") from error
+    if len(text) > MAX_SELECTION_BYTES:
+        raise SelectionError(f"the selection has {len(text)} bytes of text; at most {MAX_SELECTION_BYTES} fit")
+    return Selection(fields, rows, text)
+
+
+_cached_checked = lru_cache(MAX_CACHED_HEADERS)(_checked)
+
+
 def _ranges(name: object, given: Any) -> Iterator[_Range]:
     """The ranges of rows in an argument."""
     if isinstance(given, slice) or (isinstance(given, tuple) and len(given) == 2 and _is_bound(given[1])):
@@ -205,7 +214,8 @@ def _ranges(name: object, given: Any) -> Iterator[_Range]:
         if not isinstance(each, tuple | list) or len(each) != 2:
             raise _no_range(name, each)
         try:
-            start, stop = operator.index(each[0]), None if each[1] is None else operator.index(each[1])
+            start = int(operator.index(each[0]))
+            stop = None if each[1] is None else int(operator.index(each[1]))
         except TypeError:
             raise _no_range(name, each) from None
         yield start, stop
@@ -248,7 +258,7 @@ def _decode(text: bytes) -> Selection:
     if type(rows) is not dict or not all(map(_is_ranges, rows.values())):
         raise SelectionError("the rows of the selection are not lists of [start, stop] by field")
     ranges = tuple((name, tuple(map(tuple, each))) for name, each in rows.items())
-    return Selection._checked(None if fields is None else tuple(fields), ranges)  # noqa: SLF001
+    return _made(None if fields is None else tuple(fields), ranges)
 
 
 def _is_ranges(value: object) -> bool:
