@@ -38,6 +38,8 @@ MAX_CACHED_HEADERS = 512
 MAX_CACHED_FIELDS = 256
 MAX_CACHED_METADATA = 4096
 MAX_CACHED_HEADER_BYTES = 16 << 10
+MAX_CACHED_LARGE_HEADERS = 2
+"""Headers above that size, such as those of a model's weights, that are kept: one takes up to 87 ms to check."""
 
 _LENGTH = struct.Struct("<Q")
 _length_of: Callable[[Any], tuple[int]] = _LENGTH.unpack_from  # an ndarray is a buffer, unlike in its stubs
@@ -128,7 +130,7 @@ def parse_text(text: bytes, nbytes: int) -> Header:
     Raises:
         PayloadFormatError: it is not valid.
     """
-    header = (cached_parse if len(text) <= MAX_CACHED_HEADER_BYTES else _parse)(text)
+    header = (cached_parse if len(text) <= MAX_CACHED_HEADER_BYTES else _cached_large_parse)(text)
     if header.layout.nbytes != nbytes:
         raise PayloadFormatError(f"the image has {nbytes} bytes, its header describes {header.layout.nbytes}")
     return header
@@ -242,6 +244,7 @@ def _parse(text: bytes) -> Header:
 
 
 cached_parse = lru_cache(MAX_CACHED_HEADERS)(_parse)
+_cached_large_parse = lru_cache(MAX_CACHED_LARGE_HEADERS)(_parse)
 
 
 def _check_tensor(name: str, described: object) -> tuple[tuple[int, ...], np.dtype[Any], int, int]:

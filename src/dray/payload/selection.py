@@ -41,6 +41,9 @@ MAX_SELECTED: Final = 1024
 MAX_SELECTION_BYTES: Final = 64 << 10
 """Limit on the text of a selection."""
 
+_MAX_CACHED_LARGE: Final = 8
+"""Parts of payloads with large headers that are kept, such as the weights of a model for each rank of a group."""
+
 _MAX_CACHED: Final = 64
 _MAX_CACHED_BYTES: Final = 4096
 _MAX_ROWS: Final = (1 << 63) - 1
@@ -161,7 +164,7 @@ def part_of(root: npt.NDArray[np.uint8], selection: Selection) -> Part:
     try:
         text = header_text(root)
         small = len(text) <= MAX_CACHED_HEADER_BYTES and len(selection.text) <= _MAX_CACHED_BYTES
-        return (_cached_part if small else _part)(text, len(root), selection)
+        return (_cached_part if small else _cached_large_part)(text, len(root), selection)
     except PayloadFormatError as error:
         raise SelectionError(f"the payload has no fields to select: {error.message}") from error
 
@@ -391,6 +394,7 @@ def _part(text: bytes, nbytes: int, selection: Selection) -> Part:
 
 
 _cached_part = lru_cache(MAX_CACHED_HEADERS)(_part)
+_cached_large_part = lru_cache(_MAX_CACHED_LARGE)(_part)
 
 
 def _rows_of(
