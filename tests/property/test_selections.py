@@ -86,6 +86,7 @@ def arguments(chosen, rows):
     return {"fields": None if chosen is None else [written(path) for path in chosen], "rows": rows}
 
 
+@settings(deadline=None)
 @given(payloads, st.data())
 def test_any_selection_of_an_image_equals_the_same_part_of_the_whole(values, data):
     chosen, rows = data.draw(selections(values))
@@ -104,6 +105,7 @@ def test_any_selection_of_an_image_equals_the_same_part_of_the_whole(values, dat
     safetensors.deserialize(separate.tobytes())
 
 
+@settings(deadline=None)
 @given(payloads, st.text(max_size=8), st.integers(0, 9), st.integers(0, 9))
 def test_what_a_payload_does_not_have_is_a_selection_error_or_a_part_of_it(values, name, start, stop):
     image = pack(values)

@@ -71,10 +71,10 @@ class LeasedArrays(Content[Values]):
 
     Args:
         root: the payload's bytes.
-        selection: the part of them that is wanted.
+        selection: the part of them that is wanted; all by default.
     """
 
-    def __init__(self, root: Bytes, selection: Selection | None) -> None:
+    def __init__(self, root: Bytes, selection: Selection | None = None) -> None:
         super().__init__(root)
         self._selection = selection
         self._arrays: Values = {}
