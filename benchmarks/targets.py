@@ -39,6 +39,7 @@ TARGETS = (
         "300 producers of a stream, one consumer, 64 KiB",
         "rate ≥ 0.9 × that of one producer; memory and descriptors of each ≤ 1.1 × those beside 100",
     ),
+    Named("P17", "one of 32 fields of 256 MiB", "shm: p50 ≤ 10 µs; tcp: time ≤ 1.1 × a payload of that size"),
     Named(
         "P19",
         "weights of 4 GiB to 8 subscribers on one host, and by tcp",

@@ -7,8 +7,9 @@ endpoint of the first reference and carries out the actions, joined with commas,
 connection. ``take``, ``read`` and ``consume`` do so for all references and print one line of JSON for each. With
 ``-`` for the references, they come one a line over the standard input, and each is dealt with before the next.
 
-Options: ``--secret HEX``, ``--reader N``, ``--lane shm``, ``--exchange``. On ``shm`` payloads are leased
-directly, unless the server does not offer that or ``--exchange`` is given.
+Options: ``--secret HEX``, ``--reader N``, ``--lane shm``, ``--exchange``, ``--select JSON``. On ``shm`` payloads
+are leased directly, unless the server does not offer that or ``--exchange`` is given. With ``--select``, for
+``tcp``, ``take`` and ``read`` bring a part of each payload.
 
 Exit status 3: authentication failed; 4: another producer listens there; 5: the server does not keep to the
 protocol; 6: the producer has ended.
@@ -42,11 +43,12 @@ CHALLENGE = struct.Struct("<4s H B B 16s 32s 32s Q Q I B 19x")
 ATTACH = struct.Struct("<32s B 31x")
 WELCOME = struct.Struct("<4s B B 2x")
 FRAME = struct.Struct("<B B B B I Q Q Q Q Q Q Q")
-SECRET, DIRECT = 1, 2
+SECRET, DIRECT, BODIES = 1, 2, 4
 ATTACHED, NEWEST = 1, 2
 READ, STATUS, ACK, CONSUME, STAT = 1, 2, 3, 4, 5
-NAMES = {0: "OK", 1: "STALE", 2: "ERROR", 3: "BUSY", 4: "DENIED"}
-CONSUMED, CHECKSUM, TEXT = 1, 2, 4
+NAMES = {0: "OK", 1: "STALE", 2: "ERROR", 3: "BUSY", 4: "DENIED", 5: "UNSELECTABLE"}
+CONSUMED, CHECKSUM, TEXT, BODY = 1, 2, 4, 128
+MAX_ADDED = 4194312
 FORMATS = {"U8": "B", "I32": "i", "I64": "q", "F32": "f", "F64": "d"}
 
 SEGMENT_HEADER = struct.Struct("<8s I I Q Q Q Q 16s")
@@ -67,8 +69,8 @@ class Refused(Exception):
 # --- handshake ----------------------------------------------------------------------------------------------
 
 
-def hello(producer, nonce, secret, lane=TCP, version=1, direct=False):
-    flags = (SECRET if secret else 0) | (DIRECT if direct else 0)
+def hello(producer, nonce, secret, lane=TCP, version=1, direct=False, bodies=False):
+    flags = (SECRET if secret else 0) | (DIRECT if direct else 0) | (BODIES if bodies else 0)
     return HELLO.pack(b"DRAY", version, lane, flags, producer, nonce)
 
 
@@ -83,10 +85,10 @@ def proof(secret, role, client_nonce, server_nonce, producer, lane=TCP, version=
 class Ring:
     """What CHALLENGE contains about the ring."""
 
-    def __init__(self, producer, slots, slot_bytes, max_leases, readers, offers_direct):
+    def __init__(self, producer, slots, slot_bytes, max_leases, readers, flags):
         self.producer, self.slots, self.slot_bytes = producer, slots, slot_bytes
         self.max_leases, self.readers = max_leases, readers
-        self.offers_direct = offers_direct
+        self.offers_direct, self.takes_bodies = bool(flags & DIRECT), bool(flags & BODIES)
 
 
 def answer_challenge(challenge, expected, nonce, secret, lane=TCP, version=1):
@@ -101,7 +103,7 @@ def answer_challenge(challenge, expected, nonce, secret, lane=TCP, version=1):
     parts = nonce, theirs, producer, lane, version
     if not hmac.compare_digest(server_proof, proof(secret, b"server", *parts)):
         raise Refused(3, "the server does not know the secret")
-    return proof(secret, b"client", *parts), Ring(producer, *numbers, bool(flags & DIRECT))
+    return proof(secret, b"client", *parts), Ring(producer, *numbers, flags)
 
 
 def kernel_digest():
@@ -237,15 +239,18 @@ class Attachment:
 # --- frames -------------------------------------------------------------------------------------------------
 
 
-def request(kind, number, slot=0, sequence=0, nbytes=0, reader=0, flags=0):
-    return FRAME.pack(kind, 0, reader, flags, slot, number, sequence, nbytes, 0, 0, 0, 0)
+def request(kind, number, slot=0, sequence=0, nbytes=0, reader=0, flags=0, body=b""):
+    if not body:
+        return FRAME.pack(kind, 0, reader, flags, slot, number, sequence, nbytes, 0, 0, 0, 0)
+    body += b" " * (-len(body) % 64)
+    return FRAME.pack(kind, 0, reader, flags | BODY, slot, number, sequence, nbytes, 0, 0, 0, len(body)) + body
 
 
 class Client:
-    def __init__(self, address, producer, secret=b"", reader=0, direct=True):
+    def __init__(self, address, producer, secret=b"", reader=0, direct=True, select=b""):
         self.address, self.producer, self.secret, self.reader = address, producer, secret, reader
-        self.direct = direct
-        self.lane, self.version = (SHM, 2) if address.startswith("unix:") else (TCP, 1)
+        self.direct, self.select = direct, select
+        self.lane, self.version = (SHM, 2) if address.startswith("unix:") else (TCP, 2 if select else 1)
         self.attachment = self.segment = self.sock = None
         self.connect()
 
@@ -272,10 +277,13 @@ class Client:
     def shake(self):
         nonce = os.urandom(32)
         wanted = self.lane == SHM and self.direct and self.attachment is None and register()
-        self.sock.sendall(hello(self.producer, nonce, self.secret, self.lane, self.version, wanted))
+        bodies = bool(self.select)
+        self.sock.sendall(hello(self.producer, nonce, self.secret, self.lane, self.version, wanted, bodies))
         challenge = self.receive(CHALLENGE.size)
         answer, ring = answer_challenge(challenge, self.producer, nonce, self.secret, self.lane, self.version)
         self.max_leases = ring.max_leases
+        if bodies and not ring.takes_bodies:
+            raise Refused(5, "the server does not take READs with a body")
         if wanted and ring.offers_direct:
             process = os.pidfd_open(os.getpid())
             socket.send_fds(self.sock, [answer + ATTACH.pack(kernel_digest(), self.reader)], [process])
@@ -318,7 +326,7 @@ class Client:
         self.number = numbers.stop
         self.sock.sendall(
             b"".join(
-                request(kind, number, *which, reader=self.reader)
+                request(kind, number, *which, reader=self.reader, body=self.select if kind == READ else b"")
                 for number, which in zip(numbers, wanted, strict=True)
             )
         )
@@ -386,7 +394,7 @@ class Client:
                 status, flags, nbytes, checksum, acked, offset, text = self.status(number, *which[:2])
                 result = {"status": NAMES[status], "acked": acked, "direct": False}
                 if status == 0:
-                    if nbytes != ref["n"]:
+                    if nbytes > ref["n"] + MAX_ADDED or (nbytes != ref["n"] and not self.select):
                         raise Refused(5, f"the payload has {nbytes} bytes, the reference {ref['n']}")
                     if self.segment is None:
                         payload = self.receive(nbytes)
@@ -464,6 +472,7 @@ def main():
     parser.add_argument("--reader", type=int, default=0)
     parser.add_argument("--lane", choices=["tcp", "shm"], default="tcp")
     parser.add_argument("--exchange", action="store_true")
+    parser.add_argument("--select", type=str.encode, default=b"")
     parser.add_argument("actions")
     parser.add_argument("references", nargs="+")
     options = parser.parse_args()
@@ -476,7 +485,9 @@ def main():
         first = next(groups)
         address = next(each for each in first[0]["e"] if each.startswith(scheme))
         producer = bytes.fromhex(first[0]["p"])
-        client = Client(address, producer, options.secret, options.reader, direct=not options.exchange)
+        client = Client(
+            address, producer, options.secret, options.reader, direct=not options.exchange, select=options.select
+        )
         with contextlib.closing(client):
             for references in itertools.chain([first], groups):
                 for action in options.actions.split(","):

@@ -519,7 +519,7 @@ class RingAndModel:
         request = Request(Kind.READ, 0, slot, sequence, reader)
         kept = KeptInRing(self.ring, lease, request, ended)
         received = ReceivedPayload(request, root, True, ReceiveBuffers())
-        block = KeptInPlaceLease(received, kept, self.reaper, LeasedArrays)
+        block = KeptInPlaceLease(received, kept, self.reaper, lambda root, _: LeasedArrays(root))
         del root
         arrays = block.__enter__()
         self.in_blocks.append(InPlace(lease, block, arrays, arrays["x"].tobytes(), ended))

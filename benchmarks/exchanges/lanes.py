@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
-from benchmarks.exchanges.payloads import one_array, six_fields
+from benchmarks.exchanges.payloads import MANY, many_fields, one_array, six_fields
 from benchmarks.partner import Partner
 from benchmarks.plan import LaneName
 from benchmarks.service import Reply
@@ -45,7 +45,8 @@ class PayloadService:
         self._opened.close()
 
     def _open(self, nbytes: int, slots: int, lane: LaneName, checksum: bool, fields: int = 1) -> None:
-        self._arrays = one_array(nbytes) if fields == 1 else six_fields(nbytes)
+        make = {1: one_array, 6: six_fields, MANY: many_fields}[fields]
+        self._arrays = make(nbytes)
         ring = self._opened.enter_context(SharedRingBuffer(slots, nbytes, prefault=True))
         self._server = self._opened.enter_context(
             PayloadServer(ring, lane=(lane,), threads=1, checksum=checksum, drain_timeout=1.0)

@@ -10,6 +10,11 @@ from dray.payload.codec import plan
 
 FIELD = "payload"
 
+MANY = 32
+"""Fields of a payload of many."""
+
+_MANY_HEADER_BYTES = 4096
+
 _STEP_BYTES = 4 * 4 + 4 + 4 + 1 + 1  # of one time step: observation, action, reward, two flags
 
 
@@ -31,6 +36,18 @@ def six_fields(nbytes: int) -> dict[str, np.ndarray[Any, Any]]:
     while steps > 1 and plan(_trajectory(steps)).nbytes > nbytes:
         steps -= 1
     return _trajectory(steps)
+
+
+def field_name(number: int) -> str:
+    """The name of a field of `many_fields`."""
+    return f"field{number:02}"
+
+
+def many_fields(nbytes: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Equal fields whose packed image has `nbytes` bytes or a few less."""
+    image = one_array(nbytes // MANY)[FIELD]
+    each = (nbytes - _MANY_HEADER_BYTES) // MANY
+    return {field_name(number): image[:each] for number in range(MANY)}
 
 
 def _trajectory(steps: int) -> dict[str, np.ndarray[Any, Any]]:

@@ -15,6 +15,7 @@ from benchmarks.scenarios import (
     packing,
     reads,
     ring,
+    selection,
     streams,
     weights,
 )
@@ -23,6 +24,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     in_place.SCENARIO,
     reads.SCENARIO,
     batches.SCENARIO,
+    selection.SCENARIO,
     idle.SCENARIO,
     packing.SCENARIO,
     nested.SCENARIO,

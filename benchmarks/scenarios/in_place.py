@@ -31,7 +31,7 @@ def run(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
     progress.step("a round trip that a lease does without")
     yield _round_trip(plan)
     for nbytes in plan.sizes:
-        if why := _too_large(nbytes, plan):
+        if why := too_large(nbytes, _batch(nbytes, plan)):
             progress.step(size_name(nbytes))
             yield Skipped(f"{SUBJECT}, {size_name(nbytes)}", why)
             continue
@@ -72,10 +72,10 @@ def _batch(nbytes: int, plan: Plan) -> int:
     return min(max(_BATCH_BYTES // nbytes, _FEWEST), _MOST, max(plan.operations(nbytes), _FEWEST))
 
 
-def _too_large(nbytes: int, plan: Plan) -> str:
-    """Why payloads of a size cannot be measured here; empty if they can."""
+def too_large(nbytes: int, batch: int) -> str:
+    """Why payloads of a size cannot be measured here, of which so many are written together; empty if they can."""
     # The producer has the slots, and what it writes into them.
-    needed, available = (_batch(nbytes, plan) + 1) * nbytes, available_bytes()
+    needed, available = (batch + 1) * nbytes, available_bytes()
     if needed <= _MEMORY_SHARE * available:
         return ""
     return f"it takes {needed / GIB:.1f} GiB of memory, and {available / GIB:.1f} GiB are available"

@@ -162,6 +162,10 @@ class PayloadFormatError(PayloadError):
     """Bytes are not a valid payload, or a dtype cannot be carried."""
 
 
+class SelectionError(PayloadError):
+    """The fields or rows that were asked for cannot be selected; the message names them. Nothing is consumed."""
+
+
 # --- slots ----------------------------------------------------------------------------------------------------
 
 

@@ -13,20 +13,21 @@ import xxhash
 from fuzz.cursor import Cursor
 
 from dray.clock import Deadline
-from dray.errors import DrayError
+from dray.errors import DrayError, Unreachable
+from dray.payload import Selection, pack, unpack
 from dray.protocol import PayloadRef
-from dray.protocol.frames import Flag, Frame, Kind, Status
-from dray.protocol.handshake import CHALLENGE, MAGIC, WELCOME, ServerIdentity
+from dray.protocol.frames import MAX_ADDED_BYTES, VERSION, Flag, Frame, Kind, Status
+from dray.protocol.handshake import CHALLENGE, MAGIC, WELCOME, HelloFlag, ServerIdentity
 from dray.ring import Segment, SharedRingBuffer
 from dray.transport.connecting import Shared
 from dray.transport.connection import Connection, ReceivedPayload
 from dray.transport.lanes import SHM, TCP
 from dray.transport.lanes.base import Network
-from dray.transport.lanes.socket import TcpStream, UnixStream
+from dray.transport.lanes.socket import SocketStream, UnixStream
 from dray.transport.polling import PollWaiter
 from dray.transport.receive_buffers import ReceiveBuffers
 
-IN_PLACE, UNVERIFIED, RAW_HANDSHAKE, INLINE = 1, 2, 4, 8
+IN_PLACE, UNVERIFIED, RAW_HANDSHAKE, INLINE, PART = 1, 2, 4, 8, 16
 STATUS_OP, PAYLOAD_OP, BYTES_OP = range(3)
 _SLOTS, _SLOT_BYTES = 4, 256
 _PRODUCER = bytes(range(16))
@@ -48,8 +49,10 @@ def raw(text: bytes) -> bytes:
 
 
 _HANDSHAKE = CHALLENGE.pack(
-    MAGIC, 1, 0, 0, _PRODUCER, bytes(32), bytes(32), _SLOTS, _SLOT_BYTES, 8, 1
+    MAGIC, VERSION, 0, HelloFlag.BODIES, _PRODUCER, bytes(32), bytes(32), _SLOTS, _SLOT_BYTES, 8, 1
 ) + WELCOME.pack(MAGIC, 0, 0)
+_SELECTION = Selection.decode(b'{"fields":["a"]}')
+_IMAGE = bytes(pack({"a": np.arange(3, dtype=np.int8), "b": np.arange(2, dtype=np.int8)}))
 _READS = bytes([2, 5, 0, 1])  # of 5 and of 0 bytes, consumed
 SEEDS = [
     bytes([0]) + _READS + status() + payload(b"hello") + status(nbytes=0),
@@ -60,6 +63,14 @@ SEEDS = [
     bytes([0]) + _READS + status(nbytes=6) + payload(b"hello!"),
     *(bytes([INLINE | each]) + _READS + status() + payload(b"hello") + status(nbytes=0) for each in (0, IN_PLACE)),
     bytes([INLINE]) + _READS + status(flags=Flag.CHECKSUM) + payload(b"abc"),
+    bytes([PART]) + _READS + status(nbytes=6) + payload(b"whole?") + status(nbytes=0),
+    bytes([PART]) + _READS + status(flags=Flag.CHECKSUM) + payload(b"hello") + status(code=Status.STALE),
+    bytes([PART])
+    + _READS
+    + status(code=Status.UNSELECTABLE, flags=Flag.TEXT)
+    + raw(b"wrong")
+    + status(nbytes=254),
+    bytes([PART | INLINE]) + bytes([1, len(_IMAGE), 1]) + status(nbytes=len(_IMAGE)) + payload(_IMAGE),
     bytes([IN_PLACE]) + _READS + status() + status(nbytes=0),
     bytes([IN_PLACE]) + _READS + status(1, 0, 0, 5, 56, 1),
     bytes([IN_PLACE]) + _READS + status(1, 0, 0, 255),
@@ -100,7 +111,10 @@ def run(data: bytes) -> None:
             return
         stack.enter_context(contextlib.closing(connection))
         with contextlib.suppress(DrayError):
-            _read(connection, refs, consumed, hostile, bool(chosen & INLINE), in_place, verified, deadline)
+            selection = _SELECTION if chosen & PART else None
+            _read(
+                connection, refs, consumed, hostile, bool(chosen & INLINE), in_place, verified, deadline, selection
+            )
             connection.consume([(9, 9, 0)], deadline)
             connection.stat(deadline)
             connection.confirm(deadline)
@@ -116,7 +130,9 @@ class _Network(Network):
         self._sock = sock
 
     def connect(self, address, deadline, worker):
-        return TcpStream(self._sock, TCP)
+        if self._sock.fileno() < 0:  # the server has offered an older version
+            raise Unreachable("there is no second connection", endpoint=str(address))
+        return SocketStream(self._sock, TCP)
 
 
 def _connection(ours, segment, verified, deadline) -> Connection:
@@ -131,15 +147,19 @@ def _connection(ours, segment, verified, deadline) -> Connection:
     )  # fmt: skip
 
 
-def _read(connection, refs, consumed, hostile, inline, in_place, verified, deadline) -> None:
-    targets = connection.ask(refs, 0, deadline, copy=inline)
+def _read(connection, refs, consumed, hostile, inline, in_place, verified, deadline, selection) -> None:
+    targets = connection.ask(refs, 0, deadline, copy=inline, selection=selection)
     for ref, target in zip(refs, targets, strict=True):
-        received = connection.answer(target, deadline, deadline)
+        received = connection.answer(target, deadline, deadline, selection=selection)
         if not isinstance(received, ReceivedPayload):
             assert isinstance(received, DrayError)
             continue
         data = received.data()
-        assert data.nbytes == ref.nbytes
+        if selection is not None and (inline or in_place):
+            assert list(unpack(data)) == ["a"]  # the part was taken from the whole, which was a payload
+            connection.finish(received, consumed, deadline)
+            continue
+        assert data.nbytes == ref.nbytes or (selection is not None and data.nbytes <= ref.nbytes + MAX_ADDED_BYTES)
         if in_place and not inline:
             assert np.array_equal(data, np.zeros(ref.nbytes, np.uint8))
         else:
@@ -172,7 +192,7 @@ def _answers(cursor: Cursor, refs: list[PayloadRef], segment: Segment | None) ->
             checksum = xxhash.xxh3_64_intdigest(last or b"hello")
             frame = bytearray(
                 Frame(
-                    Kind.STATUS, code % 6, 0, flags, slot, step % len(requests), sequence, nbytes, checksum,
+                    Kind.STATUS, code % 7, 0, flags, slot, step % len(requests), sequence, nbytes, checksum,
                     offset=offset,
                 ).pack()
             )  # fmt: skip

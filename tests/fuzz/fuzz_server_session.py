@@ -6,11 +6,15 @@ meanwhile, which must not change. Input: options, then operations of one byte ea
 
 import contextlib
 import socket
+from collections.abc import Iterator
 
+import numpy as np
 import xxhash
 from fuzz.cursor import Cursor
 
 from dray.errors import StaleSlotError
+from dray.payload import pack
+from dray.payload.selection import Selection, part_of
 from dray.protocol.frames import FRAME, FRAME_BYTES, MAX_TEXT_BYTES, Flag, Frame, Kind, Status
 from dray.protocol.handshake import CHALLENGE, HELLO, MAGIC, PROOF, WELCOME, ClientHandshake, ServerIdentity
 from dray.ring import SharedRingBuffer
@@ -25,14 +29,26 @@ FRAME_OP, BYTES_OP, DELIVER_OP, READ_OP = range(4)
 _LANES = (TCP, SHM, UCX, TCP)
 _MAX_LEASES = 2
 _READERS = 2
-_SIZES = (5, 0, 6000)
+_IMAGE = bytes(pack({"a": np.arange(700), "b": np.arange(4, dtype=np.int8)}))
+_SIZES = (5, 0, len(_IMAGE))
 _KINDS = (Kind.READ, Kind.ACK, Kind.CONSUME, Kind.STAT)
+_REQUESTS = (Kind.READ, Kind.CONSUME, Kind.STAT, Kind.DESCRIBE, Kind.SUBSCRIBE)
 _SMALL_BUFFER = 4096
 
 
 def frame(kind: int, slot: int = 0, sequence: int = 0, request: int = 0, reader: int = 0, flags: int = 0) -> bytes:
     """The operation that sends one frame; `kind` from 0 to 3 for READ, ACK, CONSUME, STAT."""
     return bytes([FRAME_OP, 0, kind, 0, reader, flags, slot, request, sequence, 0, 0])
+
+
+def read_part(text: bytes, slot: int = 2, sequence: int = 2, request: int = 1, size: int | None = None) -> bytes:
+    """The operation that sends a READ with a body."""
+    body = text + b" " * (-len(text) % FRAME_BYTES)
+    head = Frame(
+        Kind.READ, flags=Flag.BODY, slot=slot, sequence=sequence, request=request, tag=7,
+        offset=len(body) if size is None else size,
+    )  # fmt: skip
+    return bytes([BYTES_OP, FRAME_BYTES + len(body)]) + head.pack() + body
 
 
 def options(lane: int = 0, *, raw: bool = False, secret: bool = False, reset: bool = False) -> bytes:
@@ -58,6 +74,14 @@ SEEDS = [
     options(raw=True) + bytes([BYTES_OP, 96]) + HELLO.pack(MAGIC, 1, 2, 0, bytes(16), bytes(32)) + bytes(32),
     options(raw=True) + bytes([BYTES_OP, 20]) + b"GET / HTTP/1.1\r\n\r\n  " + DELIVER,
     options() + bytes([BYTES_OP, 64]) + bytes(64) + DELIVER,
+    *(
+        options(lane) + read_part(b'{"fields":["b"]}') + frame(2) + DELIVER + READ + frame(1, 2, 2, 1, flags=1)
+        for lane in range(3)
+    ),
+    options() + read_part(b'{"rows":{"a":[[0,9],[600,null]]}}') + read_part(b"{}", request=2) + DELIVER + READ,
+    options() + read_part(b'{"fields":["c"]}') + read_part(b"no", 0, 0) + read_part(b"{}", 9) + frame(3) + DELIVER,
+    options() + read_part(b"{}", size=1 << 16) + frame(0) * 3 + DELIVER,
+    options() + read_part(b"{}", size=65) + frame(3) + DELIVER,
 ]
 
 
@@ -78,11 +102,11 @@ class _Answers:
             welcome, left = left[: WELCOME.size], left[WELCOME.size :]
             assert welcome[:4] == MAGIC[: len(welcome)]
             sent = sent[HELLO.size + PROOF.size :]
-        frames = [Frame(*FRAME.unpack_from(sent, at)) for at in range(0, len(sent) - FRAME_BYTES + 1, FRAME_BYTES)]
-        requests = [each for each in frames if each.kind in (Kind.READ, Kind.CONSUME, Kind.STAT)]
-        acks = sum(each.kind == Kind.ACK for each in frames)
+        frames = list(_frames(sent))
+        requests = [each for each in frames if each[0].kind in _REQUESTS]
+        acks = sum(each.kind == Kind.ACK for each, _ in frames)
         acked = 0
-        for request in requests:
+        for request, body in requests:
             if len(left) < FRAME_BYTES:
                 break
             status, left = Frame(*FRAME.unpack(left[:FRAME_BYTES])), left[FRAME_BYTES:]
@@ -91,7 +115,10 @@ class _Answers:
             assert status.reader == request.reader
             assert acked <= status.acked <= acks
             acked = status.acked
-            left = self._follow(request, status, left)
+            if request.flags & Flag.BODY and request.kind == Kind.READ:
+                left = self._follow_body(request, body, status, left)
+            else:
+                left = self._follow(request, status, left)
         else:
             assert not left
 
@@ -119,7 +146,41 @@ class _Answers:
             assert status.status in (Status.OK, Status.STALE, Status.DENIED)
         return left
 
+    def _follow_body(self, request: Frame, body: bytes, status: Frame, left: memoryview) -> memoryview:
+        """As `_follow`, for a READ with a body."""
+        assert status.status in (
+            Status.OK,
+            Status.STALE,
+            Status.ERROR,
+            Status.BUSY,
+            Status.DENIED,
+            Status.UNSELECTABLE,
+        )
+        if status.status != Status.OK:
+            text = status.nbytes if status.flags & Flag.TEXT else 0
+            return left[text:]
+        whole = np.frombuffer(self._contents[request.slot, request.sequence], np.uint8)
+        part = part_of(whole, Selection.decode(body))
+        expected = np.empty(part.nbytes, np.uint8)
+        part.write(whole, expected)
+        assert (status.nbytes, status.checksum) == (part.nbytes, xxhash.xxh3_64_intdigest(expected))
+        left = left[8 * status.offset :]
+        assert expected.tobytes().startswith(left[: part.nbytes])
+        return left[part.nbytes :]
+
     in_place = False
+
+
+def _frames(sent: bytes) -> Iterator[tuple[Frame, bytes]]:
+    """The frames that were sent, each with its body."""
+    at = 0
+    while at + FRAME_BYTES <= len(sent):
+        frame = Frame(*FRAME.unpack_from(sent, at))
+        at += FRAME_BYTES
+        size = frame.offset if frame.kind == Kind.READ and frame.flags & Flag.BODY else 0
+        if at + size <= len(sent):  # a READ is a request once its body is complete
+            yield frame, sent[at : at + size]
+        at += size
 
 
 class _Serving:
@@ -156,7 +217,10 @@ def run(data: bytes) -> None:
         ring = stack.enter_context(SharedRingBuffer(4, max(_SIZES), readers=_READERS))
         for size in _SIZES:
             with ring.claim(size) as writer:
-                writer.buffer[:] = content = bytes(index % 251 + len(contents) for index in range(size))
+                content = bytes(index % 251 + len(contents) for index in range(size))
+                if size == len(_IMAGE):
+                    content = _IMAGE
+                writer.buffer[:] = content
                 contents[writer.slot, writer.sequence] = content
                 writer.commit()
         identity = ServerIdentity(ring.producer_id, ring.slots, ring.slot_bytes, _MAX_LEASES, ring.readers)

@@ -17,6 +17,7 @@ from fuzz import (
     fuzz_payload,
     fuzz_reference,
     fuzz_segment,
+    fuzz_selection,
     fuzz_server_session,
     fuzz_stream_entry,
     fuzz_subscriber,
@@ -77,6 +78,14 @@ frames = st.builds(fuzz_server_session.frame, small, small, small, small, reader
 cut_frames = st.tuples(frames, st.integers(0, 63)).map(lambda pair: pair[0][:1] + bytes([pair[1]]) + pair[0][2:])
 any_frames = st.binary(min_size=9, max_size=9).map(lambda tail: bytes([fuzz_server_session.FRAME_OP, 0]) + tail)
 pieces = st.binary(max_size=130).map(lambda raw: bytes([fuzz_server_session.BYTES_OP, len(raw)]) + raw)
+part_reads = st.builds(
+    fuzz_server_session.read_part,
+    st.sampled_from([b'{"fields":["b"]}', b'{"rows":{"a":[[3,5],[9,null]]}}', b"{}", b'{"fields":["z"]}', b"no"]),
+    st.sampled_from([2, 2, 2, 0, 9]),
+    st.sampled_from([2, 2, 2, 0, 9]),
+    small,
+    st.sampled_from([None, None, None, 0, 64, 128, 65]),
+)
 steps = st.sampled_from([fuzz_server_session.DELIVER, fuzz_server_session.READ])
 sessions = st.builds(
     fuzz_server_session.options, st.integers(0, 2), secret=st.booleans(), reset=st.booleans(), raw=st.just(False)
@@ -84,13 +93,13 @@ sessions = st.builds(
 
 
 @settings(deadline=None, max_examples=200)
-@given(sessions, joined(frames | cut_frames | steps, 40))
+@given(sessions, joined(frames | cut_frames | part_reads | steps, 40))
 def test_plausible_requests_in_any_pieces_are_answered_in_order(session: bytes, story: bytes) -> None:
     fuzz_server_session.run(session + story)
 
 
 @settings(deadline=None, max_examples=200)
-@given(sessions, joined(frames | any_frames | pieces | steps, 30))
+@given(sessions, joined(frames | any_frames | part_reads | pieces | steps, 30))
 def test_any_requests_are_answered_or_end_the_connection_and_nothing_else(session: bytes, story: bytes) -> None:
     fuzz_server_session.run(session + story)
 
@@ -125,7 +134,7 @@ def test_any_entry_is_that_of_a_producer_or_is_ignored(changed: dict[str, object
 statuses = st.builds(
     lambda step, code, flags, nbytes, changes: fuzz_client.status(step, code, flags, nbytes, *sum(changes, ())),
     st.sampled_from([1, 1, 1, 0, 2]),
-    st.integers(0, 5),
+    st.integers(0, 6),
     st.sampled_from([0, 0, 2, 4, 6, 255]),
     st.sampled_from([0, 5, 6, 255]) | u8,
     st.lists(st.tuples(u8, u8), max_size=2),
@@ -137,7 +146,7 @@ wanted = st.lists(st.sampled_from([0, 5, 5, 200]), max_size=3).map(lambda sizes:
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.integers(0, 3), wanted, joined(statuses | payloads, 12))
+@given(st.integers(0, 3) | st.integers(16, 27), wanted, joined(statuses | payloads, 12))
 def test_any_answers_are_what_was_asked_for_or_a_typed_error(options: int, reads: bytes, words: bytes) -> None:
     fuzz_client.run(bytes([options]) + reads + words)
 
@@ -179,6 +188,25 @@ def test_any_endpoints_in_a_reference_are_addresses_or_refused(
     for each in (fields, {**fields, "s": slot}, {**fields, "p": producer}):
         fuzz_reference.run(json.dumps(each).encode())
         fuzz_reference.run(json.dumps(each, ensure_ascii=False).encode(errors="surrogatepass"))
+
+
+names = st.sampled_from(["a", "b", "a.b", "c", "c.a", "c.d\\.e", "c.d\\.e.f", "c.l", "r", "c.l.0"]) | texts
+row_lists = st.lists(st.lists(st.none() | st.integers(0, 6) | numbers, min_size=2, max_size=2), max_size=3)
+
+
+@given(
+    st.integers(0, 2),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "fields": st.lists(names, max_size=4) | values,
+            "rows": st.dictionaries(names, row_lists, max_size=2),
+        },
+    )
+    | values,
+)
+def test_any_selection_is_a_part_of_a_payload_or_refused(image: int, selection: object) -> None:
+    fuzz_selection.run(bytes([image]) + json.dumps(selection).encode(errors="surrogatepass"))
 
 
 tensors = st.fixed_dictionaries(

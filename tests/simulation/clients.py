@@ -220,7 +220,9 @@ class SimulatedConsumer:
     def _read_many(self, refs: list[PayloadRef], seconds: float) -> None:
         consume = self.rng.random() < 0.7
         leave = self.rng.random() < 0.15
-        results = self.client.read_many(refs, timeout=seconds, consume=consume, return_errors=True)
+        results = self.client.read_many(
+            refs, timeout=seconds, consume=consume, return_errors=True, **self._selected()
+        )
         began = self.scheduler.now()
         left = list(refs)
         with contextlib.closing(results):
@@ -241,7 +243,7 @@ class SimulatedConsumer:
 
     def _lease(self, refs: list[PayloadRef], seconds: float) -> None:
         (ref,) = refs
-        lease = self.client.lease(ref, timeout=seconds)
+        lease = self.client.lease(ref, timeout=seconds, **self._selected())
         wire = self.client.kept
         self.unbound()
         began = self.scheduler.now()
@@ -270,6 +272,16 @@ class SimulatedConsumer:
                 self.consumed.append(ref)
         except (LeaseInUseError, _Abandoned) as error:
             self.world.plan.count(f"lease: {type(error).__name__.strip('_')}")
+
+    def _selected(self) -> dict[str, Any]:
+        """A selection of everything, in parts, or none."""
+        match self.rng.randrange(4):
+            case 0:
+                return {"fields": ("token", "body")}
+            case 1:
+                return {"rows": {"body": [slice(0, 0), slice(0, None)]}}
+            case _:
+                return {}
 
     def _consume(self, refs: list[PayloadRef], seconds: float) -> None:
         by_producer = {ref.producer: ref for ref in refs}

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, cast
 
 from dray.clock import Deadline
 from dray.errors import BufferClosedError, TransportTimeout, Unreachable
+from dray.payload import Selection
 from dray.protocol.handshake import PROOF_BYTES, AttachRequest, ClientHandshake, ServerIdentity
 from dray.ring import Segment
 from dray.ring.attachment import Attachment
@@ -322,12 +323,15 @@ class SimulatedBuffers(ReceiveBuffers):
         self._stall()
         return super().allocate(nbytes)
 
-    def copy(self, source: Bytes) -> Bytes:
-        copy = super().allocate(source.nbytes)
-        half = source.nbytes // 2
-        copy[:half] = source[:half]
+    def copy(self, payload: Bytes, selection: Selection | None = None) -> Bytes:
+        if selection is not None:
+            self._stall()
+            return super().copy(payload, selection)
+        copy = super().allocate(payload.nbytes)
+        half = payload.nbytes // 2
+        copy[:half] = payload[:half]
         self._stall()
-        copy[half:] = source[half:]
+        copy[half:] = payload[half:]
         return copy
 
     def _stall(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from dray.errors import DrayError, ServerBusy, StaleSlotError
+from dray.payload.selection import Fields, Rows
 from dray.protocol import PayloadRef
 from dray.protocol.frames import Kind
 from dray.protocol.frames import Status as StatusCode
@@ -113,9 +114,16 @@ class ObservedClient(PayloadClient):
         with self._watched([ref], timeout):
             return super().read_bytes(ref, timeout=timeout, consume=consume)
 
-    def lease(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> InPlaceLease[Any]:
+    def lease(
+        self,
+        ref: PayloadRef,
+        *,
+        timeout: float | None = 30.0,
+        fields: Fields | None = None,
+        rows: Rows | None = None,
+    ) -> InPlaceLease[Any]:
         with self._watched([ref], timeout):
-            return super().lease(ref, timeout=timeout)
+            return super().lease(ref, timeout=timeout, fields=fields, rows=rows)
 
     def consume(self, refs: Iterable[PayloadRef], *, timeout: float | None = 30.0) -> int:
         refs = list(refs)
@@ -134,6 +142,8 @@ class ObservedClient(PayloadClient):
         consume: bool = True,
         return_errors: bool = False,
         in_place: bool = False,
+        fields: Fields | None = None,
+        rows: Rows | None = None,
     ) -> Generator[ReadResult[Any], None, None]:
         refs = list(refs)
         actor = self._scheduler.actor
@@ -142,7 +152,9 @@ class ObservedClient(PayloadClient):
         outer, actor.bound, actor.late = actor.bound, min(actor.bound, self._scheduler.now() + timeout), 0.0
         granted = actor.granted
         try:
-            found = super().read_many(refs, timeout=timeout, consume=consume, return_errors=return_errors)
+            found = super().read_many(
+                refs, timeout=timeout, consume=consume, return_errors=return_errors, fields=fields, rows=rows
+            )
             with contextlib.closing(found), self._watched(refs, timeout) as call:
                 for result in found:
                     self.answered(result.ref, result.outcome)

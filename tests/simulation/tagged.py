@@ -8,7 +8,7 @@ was closed, until the cancellation is complete.
 from __future__ import annotations
 
 import functools
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -123,7 +123,7 @@ class SimulatedWorker(UcxWorker):
 
     Attributes:
         signal: notified when `progress` has work.
-        posted: receives by tag.
+        posted: receives by tag, in the order in which messages match them.
         reading: sends whose memory may still be read, and some that have ended.
     """
 
@@ -134,7 +134,7 @@ class SimulatedWorker(UcxWorker):
         self.plan = plan
         self.process = process
         self.signal = Signal(scheduler)
-        self.posted: dict[int, SimulatedRequest] = {}
+        self.posted: defaultdict[int, deque[SimulatedRequest]] = defaultdict(deque)
         self.reading: list[SimulatedRequest] = []
         self._number = number
 
@@ -154,6 +154,10 @@ class SimulatedWorker(UcxWorker):
         """An event has come since `arm`: the descriptor is readable."""
         return self._queues.signalled
 
+    def unexpected(self, tag: int) -> deque[_Announced] | None:
+        """The messages under a tag that have arrived before a receive."""
+        return self._queues.unexpected.get(tag)
+
     def deliver(self, tag: int, data: bytes) -> None:
         """A small message has arrived under a tag: move it into the posted receive, or queue it."""
 
@@ -168,9 +172,8 @@ class SimulatedWorker(UcxWorker):
 
     def announce(self, tag: int, length: int, deliver: Callable[[SimulatedRequest], None]) -> None:
         """A message has arrived: deliver it to the posted receive, or queue it."""
-        request = self.posted.pop(tag, None)
-        if request is not None:
-            deliver(request)
+        if self.posted[tag]:
+            deliver(self.posted[tag].popleft())
         elif not self.closed:
             self._queues.unexpected.setdefault(tag, deque()).append(_Announced(length, deliver))
 
@@ -251,7 +254,10 @@ class SimulatedUcxEndpoint:
     def tag_recv(self, memory: memoryview, tag: int) -> SimulatedRequest:
         request = SimulatedRequest(memory, tag)
         self._open.append(request)
-        self.worker.posted[tag] = request
+        if waiting := self.worker.unexpected(tag):
+            waiting.popleft().deliver(request)
+        else:
+            self.worker.posted[tag].append(request)
         return request
 
     def raise_on_error(self) -> None:
@@ -281,7 +287,7 @@ class SimulatedUcxEndpoint:
             self.alive = False
             self.why = why
             for request in self._open:
-                if request.tag not in self.worker.posted:
+                if request not in self.worker.posted[request.tag]:
                     request.end(self.worker, why("simulated"))
 
         self.worker.do(failed)
@@ -318,8 +324,8 @@ class SimulatedUcxEndpoint:
     # --- inside -----------------------------------------------------------------------------------------------
 
     def _cancel(self, request: SimulatedRequest) -> None:
-        if self.worker.posted.get(request.tag) is request:
-            del self.worker.posted[request.tag]
+        if request in self.worker.posted[request.tag]:
+            self.worker.posted[request.tag].remove(request)
         request.end(self.worker, ucx_names().UCXCanceledError("simulated"))
 
     def _send(self, arrive: Callable[[SimulatedUcxEndpoint], None]) -> None:

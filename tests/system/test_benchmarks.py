@@ -16,7 +16,7 @@ TINY = ("--quick", "--sizes", "1KiB", "--rounds", "2", "--operations", "4", "--d
 FEW = ("--idle-seconds", "0.1", "--memory-reads", "100", "--job-steps", "1")
 
 LANES, WITHIN, SERVING = "P1,P2,P3,P4,P5,P6,P7", "P9,P9A,P10,P13", "P8,P11,P12"
-BESIDE, STREAMS, WEIGHTS = "P15", "P16", "P19,P20"
+BESIDE, STREAMS, WEIGHTS, SELECTION = "P15", "P16", "P19,P20", "P17"
 SCENARIOS = {
     LANES: {"in place", "reads", "batches"},
     WITHIN: {"packing", "nested values", "ring", "memory"},
@@ -24,6 +24,7 @@ SCENARIOS = {
     BESIDE: {"beside"},
     STREAMS: {"streams"},
     WEIGHTS: {"weights"},
+    SELECTION: {"selection"},
 }
 
 
@@ -103,7 +104,9 @@ def check_against_itself(file):
     assert "worse\n" not in done.stdout
 
 
-@pytest.mark.parametrize("targets", [WITHIN, STREAMS, WEIGHTS, pytest.param(SERVING, marks=pytest.mark.endurance)])
+@pytest.mark.parametrize(
+    "targets", [WITHIN, STREAMS, WEIGHTS, SELECTION, pytest.param(SERVING, marks=pytest.mark.endurance)]
+)
 def test_costs_of_one_side_have_rows_and_targets(tmp_path, targets):
     assert check_rows(measured(tmp_path, targets), targets) == set(targets.split(","))
 

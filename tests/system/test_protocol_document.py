@@ -100,6 +100,25 @@ def test_a_payload_of_another_size_than_requested_is_an_error_with_its_reason() 
         assert (code, statuses(printed)) == (0, ["OK"])
 
 
+def test_the_client_reads_parts_of_payloads_and_gets_the_reason_where_there_are_none() -> None:
+    selection = json.dumps({"fields": ["rewards", "actions"], "rows": {"rewards": [[0, 1], [4, None]]}})
+    with serving("tcp", secret=SECRET) as server:
+        arrays = {"observations": np.zeros((5, 9)), "rewards": np.arange(5.0), "actions": np.arange(5)}
+        ref, other = server.put(arrays), server.put({"other": [1]})
+        options = "--secret", SECRET.hex(), "--select", selection
+        code, printed = run_client("read,take,take", ref, other, options=options)
+        assert code == 0
+        assert statuses(printed) == ["OK", "UNSELECTABLE", "OK", "UNSELECTABLE", "STALE", "UNSELECTABLE"]
+        for each in (printed[0], printed[2]):
+            assert each["checked"]
+            assert each["tensors"] == {
+                "rewards": {"dtype": "F64", "shape": [2], "values": [0.0, 4.0]},
+                "actions": {"dtype": "I64", "shape": [5], "values": [0, 1, 2, 3, 4]},
+            }
+        assert printed[1]["text"] == "the payload has no field 'rewards'; its fields: 'other'"
+        assert ring_of(server).statistics().ready == 1
+
+
 def test_a_payload_for_two_readers_is_consumed_by_both() -> None:
     with serving("tcp", readers=2) as server:
         ref = server.put({"a": [1]})

@@ -249,7 +249,7 @@ def test_flags_of_the_handshake_in_the_protocol_page_are_those_of_the_code() -> 
     flags = [row for row in rows(text[: text.index("## Frames")]) if row[1:2] == ["flags"]]
     numbers = [[int(number) for number in re.findall(r"(\d+): ", row[3])] for row in flags]
     hello, welcome = handshake.HelloFlag, handshake.WelcomeFlag
-    assert numbers == [[hello.SECRET, hello.DIRECT]] * 2 + [[welcome.ATTACHED, welcome.NEWEST]]
+    assert numbers == [[hello.SECRET, hello.DIRECT, hello.BODIES]] * 2 + [[welcome.ATTACHED, welcome.NEWEST]]
 
 
 def test_descriptors_of_an_attachment_are_those_of_the_code() -> None:

@@ -7,6 +7,7 @@ arrays to torch tensors, `trajectory` has the field names of reinforcement learn
 from dray.payload.codec import PackPlan, max_nbytes, pack, plan, unpack, unpack_metadata
 from dray.payload.ragged import Ragged
 from dray.payload.schema import Array, Arrays, PayloadSchema, RaggedSpec, TensorSpec, TextSpec, Values
+from dray.payload.selection import Selection
 
 __all__ = [
     "Array",
@@ -15,6 +16,7 @@ __all__ = [
     "PayloadSchema",
     "Ragged",
     "RaggedSpec",
+    "Selection",
     "TensorSpec",
     "TextSpec",
     "Values",

@@ -25,6 +25,7 @@ from dray.errors import PayloadFormatError, PayloadTooLargeError
 from dray.payload import tree
 from dray.payload.header import Header, Layout, build_header, parse_header
 from dray.payload.schema import Array, Arrays, FittedField, PayloadSchema, Values, as_array, store
+from dray.payload.selection import Selection, part_of
 from dray.payload.tree import Field, Tensors, Tree
 
 Image: TypeAlias = bytes | bytearray | memoryview | mmap.mmap | npt.NDArray[np.uint8]
@@ -130,7 +131,7 @@ def pack(
     return image
 
 
-def unpack(image: Image, schema: PayloadSchema | None = None) -> Values:
+def unpack(image: Image, schema: PayloadSchema | None = None, selection: Selection | None = None) -> Values:
     """Return the content of `image`: its tensors as arrays, in the order of its header, or its nested values.
 
     The arrays are views on the image, read-only if it is read-only. Misaligned tensors, which other libraries may
@@ -140,17 +141,20 @@ def unpack(image: Image, schema: PayloadSchema | None = None) -> Values:
     Args:
         image: bytes-like object or one-dimensional contiguous uint8 array that holds exactly one image.
         schema: fields that must be there, with exactly these dtypes and shapes.
+        selection: the part that is wanted; all by default. Several ranges of rows of one array are a copy.
 
     Raises:
         PayloadFormatError: `image` is not a valid payload.
-        SchemaError: the payload does not fit the schema; the message names the field.
+        SelectionError: it has not what is selected, or is not a valid payload to select from.
+        SchemaError: the payload, or the part of it, does not fit the schema; the message names the field.
     """
     root = _as_root(image)
-    header = parse_header(root)
-    if header.build is None:
-        values: Values = _aligned_views(root, header)
+    if selection is not None:
+        part = part_of(root, selection)
+        values: Values = part.values(_tensors(root, part.source))
     else:
-        values = header.build(_tensors(root, header))
+        header = parse_header(root)
+        values = _aligned_views(root, header) if header.build is None else header.build(_tensors(root, header))
     if schema is not None:
         schema.verify(values)
     return values

@@ -38,6 +38,8 @@ MAX_CACHED_HEADERS = 512
 MAX_CACHED_FIELDS = 256
 MAX_CACHED_METADATA = 4096
 MAX_CACHED_HEADER_BYTES = 16 << 10
+MAX_CACHED_LARGE_HEADERS = 2
+"""Headers above that size, such as those of a model's weights, that are kept: one takes up to 87 ms to check."""
 
 _LENGTH = struct.Struct("<Q")
 _length_of: Callable[[Any], tuple[int]] = _LENGTH.unpack_from  # an ndarray is a buffer, unlike in its stubs
@@ -64,6 +66,7 @@ class Header(NamedTuple):
     aligned: bool  # every tensor lies at a multiple of its alignment from the image's start
     widest: tuple[str, str]  # the member of the largest alignment: when `aligned`, its address decides for all
     build: Build | None  # makes the values of a payload with nested ones of its tensors, by the keys of `members`
+    structure: Tree | None  # that of nested values
 
 
 def build_header(
@@ -103,14 +106,31 @@ def parse_header(root: npt.NDArray[np.uint8]) -> Header:
     Raises:
         PayloadFormatError: `root` is not a valid payload.
     """
+    return parse_text(header_text(root), len(root))
+
+
+def header_text(root: npt.NDArray[np.uint8]) -> bytes:
+    """Return the JSON text of the header of the image `root`, unchecked.
+
+    Raises:
+        PayloadFormatError: `root` is too short to have one.
+    """
     nbytes = len(root)
     if nbytes < _LENGTH.size:
         raise PayloadFormatError(f"the image has {nbytes} bytes, too few for a header")
     (length,) = _length_of(root)
     if length > MAX_HEADER_BYTES or length > nbytes - _LENGTH.size:
         raise PayloadFormatError(f"the header claims {length} bytes in an image of {nbytes}")
-    text = root[_LENGTH.size : _LENGTH.size + length].tobytes()
-    header = (cached_parse if length <= MAX_CACHED_HEADER_BYTES else _parse)(text)
+    return root[_LENGTH.size : _LENGTH.size + length].tobytes()
+
+
+def parse_text(text: bytes, nbytes: int) -> Header:
+    """Return the header with this text, of an image of `nbytes` bytes, after checking all of it.
+
+    Raises:
+        PayloadFormatError: it is not valid.
+    """
+    header = (cached_parse if len(text) <= MAX_CACHED_HEADER_BYTES else _cached_large_parse)(text)
     if header.layout.nbytes != nbytes:
         raise PayloadFormatError(f"the image has {nbytes} bytes, its header describes {header.layout.nbytes}")
     return header
@@ -214,15 +234,17 @@ def _parse(text: bytes) -> Header:
         reached = end
     description = metadata.pop(tree.KEY, None)
     layout = _layout(content, tuple(tensors), base + reached)
-    build = None
+    build = structure = None
     if description is not None:
         shapes = {name: (shape, dtype) for name, (shape, dtype, _) in zip(content, tensors, strict=True)}
-        build = tree.builder(tree.parse(description, shapes), dict(layout.members))
+        structure = tree.parse(description, shapes)
+        build = tree.builder(structure, dict(layout.members))
     member = layout.members[widest] if layout.members else ("", "")
-    return Header(layout, tuple(metadata.items()), aligned, member, build)
+    return Header(layout, tuple(metadata.items()), aligned, member, build, structure)
 
 
 cached_parse = lru_cache(MAX_CACHED_HEADERS)(_parse)
+_cached_large_parse = lru_cache(MAX_CACHED_LARGE_HEADERS)(_parse)
 
 
 def _check_tensor(name: str, described: object) -> tuple[tuple[int, ...], np.dtype[Any], int, int]:

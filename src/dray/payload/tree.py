@@ -332,12 +332,13 @@ def _encoded(text: str, path: _Path) -> bytes:
 def _name(path: _Path | None) -> str:
     parts = []
     while path is not None:
-        parts.append(_escaped(path[0]))
+        parts.append(escaped(path[0]))
         path = path[1]
     return ".".join(reversed(parts))
 
 
-def _escaped(part: object) -> str:
+def escaped(part: object) -> str:
+    """A key or an index as a part of the name of a tensor."""
     text = str(part)
     return text.replace("\\", "\\\\").replace(".", "\\.") if "." in text or "\\" in text else text
 
@@ -434,7 +435,7 @@ def _tensors(node: Node, prefix: str = "") -> Iterator[tuple[str, str]]:
     """The path of each leaf that has tensors, and its letter."""
     _, keys, nodes = node
     for key, each in zip(range(len(nodes)) if keys is None else keys, nodes, strict=True):
-        path = prefix + _escaped(key)
+        path = prefix + escaped(key)
         if type(each) is tuple:
             yield from _tensors(each, path + ".")
         elif each is not None:
@@ -500,7 +501,7 @@ def _builder(node: Node, prefix: str, members: Mapping[str, str]) -> Build:
     parts: list[Build] = []
     arrays: list[tuple[str, str]] = []
     for key, each in zip(range(len(nodes)) if keys is None else keys, nodes, strict=True):
-        path = prefix + _escaped(key)
+        path = prefix + escaped(key)
         if type(each) is tuple:
             parts.append(_builder(each, path + ".", members))
         elif each is None:

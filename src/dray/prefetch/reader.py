@@ -14,7 +14,8 @@ from typing import Any
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.counters import Counters
 from dray.errors import BufferClosedError, ConfigError, DrayError
-from dray.payload import Values
+from dray.payload import Selection, Values
+from dray.payload.selection import Fields, Rows
 from dray.prefetch.batch import MAX_READS, MAX_ROUNDS, BatchFetch, DoubleBuffer, Fetched, ReadAttempts
 from dray.prefetch.freeing import CLOSE_SECONDS, MAX_ATTEMPTS, RETRY_PAUSE, FreeingThreads
 from dray.prefetch.threads import ReadThreads, Source, Threading
@@ -60,10 +61,12 @@ class BatchReader(Closing):
         consume: free payloads that `collect` and `result` hand out. False leaves that to the caller, and `collect`
             keeps no results for `result`.
         free_attempts, free_pause: requests to free the same payloads, and the seconds between two of them.
+        fields, rows: the part of each payload that is wanted, as for `PayloadClient.read`.
         clock, threading: sources of the time, and of locks and threads.
 
     Raises:
         ConfigError: an argument is not allowed.
+        SelectionError: `fields` and `rows` cannot be selected from any payload.
     """
 
     def __init__(
@@ -77,6 +80,8 @@ class BatchReader(Closing):
         consume: bool = True,
         free_attempts: int = MAX_ATTEMPTS,
         free_pause: float = RETRY_PAUSE,
+        fields: Fields | None = None,
+        rows: Rows | None = None,
         clock: Clock = MONOTONIC,
         threading: Threading = threading,
     ) -> None:
@@ -93,9 +98,11 @@ class BatchReader(Closing):
         self._consume = consume
         self._clock = clock
         self._counters = Counters("reads", "reads_again", "failed", "late", "freed", "unfreed", "refused_starts")
+        selection = Selection.of(fields, rows)
         self._threads = ReadThreads(
             source,
             self._counters,
+            selected={} if selection is None else selection.arguments,
             max_threads=threads,
             new_attempts=lambda deadline: ReadAttempts(deadline, attempts, max_seconds),
             on_retired=self._advance,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from dray.clock import Clock, Deadline
@@ -74,6 +74,7 @@ class ReadThreads:
     Methods whose names begin with ``locked_`` are called with `lock` held, and `closing` is read with it.
 
     Args:
+        selected: further keyword arguments of all reads, which select a part of each payload.
         new_attempts: returns the attempts at one read that ends at a time.
         on_retired: called, with the lock held, when a batch is decided and no read of it is under way.
     """
@@ -84,6 +85,7 @@ class ReadThreads:
         counters: Counters,
         *,
         max_threads: int,
+        selected: Mapping[str, Any],
         new_attempts: Callable[[float], ReadAttempts],
         on_retired: Callable[[], None],
         clock: Clock,
@@ -96,6 +98,7 @@ class ReadThreads:
         self._source = source
         self._counters = counters
         self._max_threads = max_threads
+        self._selected = selected
         self._new_attempts = new_attempts
         self._on_retired = on_retired
         self._clock = clock
@@ -109,7 +112,7 @@ class ReadThreads:
         while True:
             seconds = attempts.start(self._clock.now())
             try:
-                arrays = self._source.read(ref, timeout=_timeout(seconds), consume=consume)
+                arrays = self._source.read(ref, timeout=_timeout(seconds), consume=consume, **self._selected)
             except DrayError as error:
                 if not attempts.may_retry(error, self._clock.now()) or self._is_closing():
                     raise
@@ -231,7 +234,9 @@ class ReadThreads:
         """Read references once; return those to read again."""
         again = []
         seconds = _timeout(attempts.start(self._clock.now()))
-        results = self._source.read_many(refs, timeout=seconds, consume=False, return_errors=True)
+        results = self._source.read_many(
+            refs, timeout=seconds, consume=False, return_errors=True, **self._selected
+        )
         try:
             for result in results:
                 ref, outcome = result.ref, result.outcome

@@ -1,17 +1,18 @@
 """The client's end of one connection as a state machine: requests become bytes, bytes become events. No I/O.
 
 A driver in `transport` sends what `request` and `ack` return, and gives the server's messages, each of `expects`
-bytes, to `receive`. Answers come in the order of the requests. What follows a STATUS:
+bytes, to `receive`. Answers come in the order of the requests. What follows a STATUS as a message:
 
 | request | OK | ERROR | other |
 |---|---|---|---|
 | READ with INLINE | the payload | a text, if announced | nothing |
+| READ with a body | on a tagged lane, the sizes of the payload's messages | a text, if announced | nothing |
 | READ, CONSUME | nothing | a text, if announced | nothing |
 | STAT, DESCRIBE | a text, if announced | a text, if announced | a text, if announced |
 | SUBSCRIBE | nothing; with WORDS, a descriptor came with STATUS | a text, if announced | nothing |
 
-A payload or text of no bytes is no message. The payload of a READ without INLINE does not pass through here. OK,
-and STALE for CONSUME, become an `Answer`, everything else a `Refusal`.
+UNSELECTABLE is followed as ERROR is. A payload or text of no bytes is no message. The payload of a READ without
+INLINE does not pass through here. OK, and STALE for CONSUME, become an `Answer`, everything else a `Refusal`.
 """
 
 from __future__ import annotations
@@ -20,19 +21,43 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from dray.errors import DrayError, ProtocolError, ReaderIdError, ServerBusy, SlotError, StaleSlotError
+from dray.errors import (
+    DrayError,
+    ProtocolError,
+    ReaderIdError,
+    SelectionError,
+    ServerBusy,
+    SlotError,
+    StaleSlotError,
+)
 from dray.identifiers import MAX_READERS
-from dray.protocol.frames import FRAME, FRAME_BYTES, VALID_HEADS, Flag, Frame, Kind, Status, check
+from dray.protocol.frames import (
+    FRAME,
+    FRAME_BYTES,
+    MAX_ADDED_BYTES,
+    VALID_HEADS,
+    Flag,
+    Frame,
+    Kind,
+    Status,
+    check,
+)
 from dray.text import printable
 
 STATUS: Final = "STATUS"
 TEXT: Final = "the text after STATUS"
 PAYLOAD: Final = "the payload"
+SIZES: Final = "the sizes of the payload's messages"
+
+MAX_PAYLOAD_MESSAGES: Final = 1 << 15
+"""Limit on the messages of one payload: more than it can have tensors and ranges of rows."""
 
 _STATUS, _ACK, _READ = int(Kind.STATUS), int(Kind.ACK), int(Kind.READ)
 _DESCRIPTIONS: Final = frozenset((Kind.STAT, Kind.DESCRIBE))
 _TEXT: Final = Flag.TEXT
 _RARE: Final = Flag.TEXT | Flag.WORDS
+_BODY: Final = Flag.BODY
+_WITH_TEXT: Final = frozenset((Status.ERROR, Status.UNSELECTABLE))
 
 
 class Request(NamedTuple):
@@ -53,8 +78,8 @@ class Answer(NamedTuple):
 
     Attributes:
         request: the request.
-        frame: its STATUS; for a READ it has the size that the request has.
-        body: the text or inline payload after it, else empty; valid as long as the message is.
+        frame: its STATUS; for a READ without a body it has the size that the request has.
+        body: the text, inline payload or sizes after it, else empty; valid as long as the message is.
     """
 
     request: Request
@@ -82,13 +107,15 @@ class ClientSession:
     Args:
         endpoint: the address that errors name.
         readers: reader ids of the ring, for errors.
+        tagged: payloads are tagged messages.
 
     Attributes:
         expects: bytes of the server's next message.
-        awaits: what that message is: `STATUS`, `TEXT` or `PAYLOAD`.
+        awaits: what that message is: `STATUS`, `TEXT`, `PAYLOAD` or `SIZES`.
     """
 
-    def __init__(self, endpoint: str | None = None, readers: int = MAX_READERS) -> None:
+    def __init__(self, endpoint: str | None = None, readers: int = MAX_READERS, *, tagged: bool = False) -> None:
+        self._tagged = tagged
         self.expects = FRAME_BYTES
         self.awaits = STATUS
         self._endpoint = endpoint
@@ -119,13 +146,18 @@ class ClientSession:
         nbytes: int = 0,
         tag: int = 0,
         flags: int = Flag.NONE,
+        body: bytes = b"",
     ) -> bytes:
-        """The frame of a new request, which counts as pending from now on."""
+        """The frame of a new request, and its body; the request counts as pending from now on."""
+        if body:
+            body += b" " * (-len(body) % FRAME_BYTES)
+            flags |= _BODY
         number = self._next
         self._next = number + 1
         # `Request(…)` does the same with one more call of a Python function.
         self._pending.append(tuple.__new__(Request, (kind, number, slot, sequence, reader, nbytes, tag, flags)))
-        return FRAME.pack(kind, 0, reader, flags, slot, number, sequence, nbytes, 0, 0, tag, 0)
+        head = FRAME.pack(kind, 0, reader, flags, slot, number, sequence, nbytes, 0, 0, tag, len(body))
+        return head + body if body else head
 
     def receive(self, message: bytes | bytearray | memoryview) -> Event | None:
         """Process the server's next message; the event that it completes, or None if more of it follows.
@@ -145,13 +177,13 @@ class ClientSession:
                 else _answer(Answer, (request, frame, message))
             )
         frame = tuple.__new__(Frame, FRAME.unpack(message))
-        kind, status, _, flags, slot, number, sequence, nbytes, _, acked, _, _ = frame
+        kind, status, _, flags, slot, number, sequence, nbytes, _, acked, _, count = frame
         if (kind, status, flags) not in VALID_HEADS:
             check(kind, status, flags, nbytes)
         if kind != _STATUS or not self._pending:
             raise ProtocolError(f"the server sent {Kind(kind).name} where no STATUS was due")
         request = self._pending.popleft()
-        kind, expected, expected_slot, expected_sequence, _, expected_nbytes, _, inline = request
+        kind, expected, expected_slot, expected_sequence, _, expected_nbytes, _, asked = request
         if number != expected or slot != expected_slot or sequence != expected_sequence:
             raise ProtocolError(
                 f"STATUS names request {number}, slot {slot}, sequence {sequence}; expected was "
@@ -167,16 +199,18 @@ class ClientSession:
             if flags & Flag.WORDS and (status or kind != Kind.SUBSCRIBE):
                 raise ProtocolError(f"a descriptor came with {Status(status).name} of {request.kind.name}")
             if flags & _TEXT:
-                if status != Status.ERROR and kind not in _DESCRIPTIONS:
+                if status not in _WITH_TEXT and kind not in _DESCRIPTIONS:
                     raise ProtocolError(f"a text follows {Status(status).name} of {request.kind.name}")
                 follows, awaits = nbytes, TEXT
+        elif kind == _READ and not status and asked & _BODY:
+            follows, awaits = self._check_part(expected_nbytes, nbytes, count), SIZES
         elif kind == _READ and not status:
             if nbytes != expected_nbytes:
                 raise ProtocolError(
                     f"the payload has {nbytes} bytes, {expected_nbytes} according to its reference",
                     endpoint=self._endpoint,
                 )
-            if inline:  # the one flag of a READ
+            if asked:  # INLINE
                 follows, awaits = nbytes, PAYLOAD
         if follows:
             self._incomplete = request, frame
@@ -185,6 +219,18 @@ class ClientSession:
         if status and not (status == Status.STALE and kind == Kind.CONSUME):
             return self._refusal(request, frame, b"")
         return _answer(Answer, (request, frame, b""))
+
+    def _check_part(self, whole: int, nbytes: int, count: int) -> int:
+        """The bytes of the sizes that follow STATUS."""
+        if nbytes > whole + MAX_ADDED_BYTES:
+            raise ProtocolError(
+                f"the part of a payload has {nbytes} bytes, the whole {whole}", endpoint=self._endpoint
+            )
+        if not self._tagged:
+            return 0
+        if not 0 < count <= MAX_PAYLOAD_MESSAGES:
+            raise ProtocolError(f"a payload comes in {count} messages", endpoint=self._endpoint)
+        return 8 * count
 
     def ack(self, request: Request, consumed: bool) -> bytes:
         """The ACK for a READ that was answered OK."""
@@ -212,6 +258,8 @@ class ClientSession:
                 error = ReaderIdError(
                     f"reader id {request.reader} is denied: this ring's are 0 to {self._readers - 1}", **where
                 )
+            case Status.UNSELECTABLE if request.flags & _BODY:
+                error = SelectionError(printable(str(body, "utf-8", "replace")), **where)
             case _:
                 reason = printable(str(body, "utf-8", "replace")) or "no reason given"
                 error = SlotError(f"the server answered with an error: {reason}", **where)

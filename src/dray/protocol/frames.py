@@ -11,7 +11,8 @@ All integers are little-endian. A message is one 64-byte frame:
 ```
 
 READ, CONSUME, STAT, DESCRIBE and SUBSCRIBE are requests. One STATUS with the same request id answers each, in
-order. ACK has no answer: `acked` of STATUS counts the ACKs processed so far. After SUBSCRIBE a connection carries
+order. ACK has no answer: `acked` of STATUS counts the ACKs processed so far. A READ may have a body: the text of a
+selection, padded with spaces to whole frames, whose size is in `offset`. After SUBSCRIBE a connection carries
 the frames of `dray.protocol.streams` only. Fields that a kind does not use are zero. docs/reference/protocol.md
 explains every field.
 """
@@ -35,6 +36,12 @@ FRAME_BYTES = FRAME.size
 
 MAX_TEXT_BYTES = 64 * 1024
 """Size limit of the text after STATUS: an error message, or the answer to STAT."""
+
+MAX_BODY_BYTES = 64 * 1024
+"""Size limit of the body of a READ."""
+
+MAX_ADDED_BYTES = (4 << 20) + 8
+"""How much larger than the whole payload the answer to a READ with a body can be: it has a header of its own."""
 
 
 class Kind(enum.IntEnum):
@@ -62,6 +69,7 @@ class Status(enum.IntEnum):
     ERROR = 2
     BUSY = 3
     DENIED = 4
+    UNSELECTABLE = 5
 
 
 class Flag:
@@ -75,6 +83,7 @@ class Flag:
     WORDS: Final = 16  # STATUS of SUBSCRIBE: a descriptor of `dray.ring.stream_words` came with the message
     BEGUN: Final = 32  # RETURN: the consumer's program had the payload
     DRAINING: Final = 64  # END: the end follows once everything is consumed; nothing more is put
+    BODY: Final = 128  # READ: `offset` bytes follow, which select a part of the payload
 
 
 class Frame(NamedTuple):
@@ -112,7 +121,7 @@ _STATUSES = frozenset(map(int, Status))
 _FORBIDDEN_FLAGS = {
     int(kind): ~allowed
     for kind, allowed in {
-        Kind.READ: Flag.INLINE,
+        Kind.READ: Flag.INLINE | Flag.BODY,
         Kind.STATUS: Flag.CHECKSUM | Flag.TEXT | Flag.WORDS,
         Kind.ACK: Flag.CONSUMED,
         Kind.CONSUME: Flag.NONE,
@@ -129,8 +138,8 @@ _FORBIDDEN_FLAGS = {
 VALID_HEADS: Final = frozenset(
     (kind, int(Status.OK), flags)
     for kind, forbidden in _FORBIDDEN_FLAGS.items()
-    for flags in range(128)
-    if not flags & (forbidden | Flag.TEXT)
+    for flags in range(256)
+    if not flags & (forbidden | Flag.TEXT) and flags != Flag.INLINE | Flag.BODY
 )
 """(kind, status, flags) of valid frames without a text. Other frames need `check`."""
 
@@ -163,5 +172,7 @@ def check(kind: int, status: int, flags: int, nbytes: int) -> None:
         raise ProtocolError(f"unknown status {status}")
     if flags & forbidden:
         raise ProtocolError(f"unknown flags {flags:#x} in a {Kind(kind).name} frame")
+    if flags == Flag.INLINE | Flag.BODY:
+        raise ProtocolError("a READ with a body cannot be inline")
     if flags & Flag.TEXT and nbytes > MAX_TEXT_BYTES:
         raise ProtocolError(f"a text has at most {MAX_TEXT_BYTES} bytes, {nbytes} were announced")

@@ -12,6 +12,9 @@ On the shm lane from version 2 on, a client that wants direct leases sets `DIREC
 well, ATTACH follows PROOF in the same message, with a pidfd of the client. WELCOME has `ATTACHED` if the server
 has agreed; then it carries the descriptors of `dray.ring.direct`, in the order of docs/reference/protocol.md.
 
+On the other lanes, a client that may send READs with a body sets `BODIES` in HELLO; it may if CHALLENGE has it as
+well.
+
 A client offers its newest version. A server that speaks that version answers in it; otherwise it answers with
 the verdict VERSION and its own newest version, and the client may connect again with that.
 
@@ -58,6 +61,9 @@ WELCOME = struct.Struct("<4sBB2x")
 DIRECT_VERSION = 2
 """The oldest version with ATTACH."""
 
+BODIES_VERSION = 2
+"""The oldest version in which a READ may have a body."""
+
 
 _WELCOME_FLAGS = 3
 
@@ -91,6 +97,7 @@ class HelloFlag(enum.IntFlag):
     NONE = 0
     SECRET = 1
     DIRECT = 2
+    BODIES = 4
 
 
 class WelcomeFlag(enum.IntFlag):
@@ -165,6 +172,7 @@ class ClientHandshake:
         done: the server has accepted the client.
         attaching: the answer to CHALLENGE asks for direct leases, and needs a pidfd of this process with it.
         welcome: the flags of WELCOME.
+        bodies: READs may have a body.
     """
 
     def __init__(
@@ -182,6 +190,7 @@ class ClientHandshake:
         self._attach = None if lane.in_band or version < DIRECT_VERSION else attach
         self.attaching = False
         self.welcome = WelcomeFlag.NONE
+        self.bodies = lane.in_band and version >= BODIES_VERSION
         self._version = version
         self._nonce = os.urandom(NONCE_BYTES)
         self.server: ServerIdentity | None = None
@@ -193,6 +202,8 @@ class ClientHandshake:
         flags = HelloFlag.SECRET if self._secret is not None else HelloFlag.NONE
         if self._attach is not None:
             flags |= HelloFlag.DIRECT
+        if self.bodies:
+            flags |= HelloFlag.BODIES
         return HELLO.pack(MAGIC, self._version, self._lane.number, flags, self._producer, self._nonce)
 
     def receive(self, message: bytes | bytearray | memoryview) -> bytes | None:
@@ -227,6 +238,7 @@ class ClientHandshake:
                 f"CHALLENGE announces {slots} slots of {slot_bytes} bytes, {max_leases} leases, {readers} readers"
             )
         self.server = ServerIdentity(producer, slots, slot_bytes, max_leases, readers)
+        self.bodies = self.bodies and bool(flags & HelloFlag.BODIES)
         if self._producer not in (ANY_PRODUCER, producer):
             # Before the proof is checked: the address may belong to another job by now, with another secret.
             return None
@@ -283,6 +295,7 @@ class ServerHandshake:
         expects: the size of the client's next message in bytes.
         attach: the client's request for direct leases; a pidfd has come with its message.
         attaching: that message is expected next.
+        bodies: READs may have a body.
         version: the version that the client has offered, or `newest`.
         verdict: after any verdict but ``WELCOME`` the answer is sent, then the connection ends.
         done: the client is accepted.
@@ -305,7 +318,7 @@ class ServerHandshake:
         self._direct = direct and not lane.in_band
         self._nonces = b""
         self.attach: AttachRequest | None = None
-        self.attaching = False
+        self.attaching = self.bodies = False
         self.expects = HELLO.size
         self.version = newest
         self.verdict = Verdict.WELCOME
@@ -342,11 +355,19 @@ class ServerHandshake:
             and flags & HelloFlag.DIRECT
             and version >= DIRECT_VERSION
         )
+        self.bodies = bool(
+            self._lane.in_band
+            and self.verdict is Verdict.WELCOME
+            and flags & HelloFlag.BODIES
+            and version >= BODIES_VERSION
+        )
         self.expects = PROOF.size + (ATTACH.size if self.attaching else 0)
         answer = self._proof(b"server") if self._secret is not None and flags & HelloFlag.SECRET else NO_PROOF
         ours = HelloFlag.NONE if self._secret is None else HelloFlag.SECRET
         if self.attaching:
             ours |= HelloFlag.DIRECT
+        if self.bodies:
+            ours |= HelloFlag.BODIES
         return CHALLENGE.pack(
             MAGIC, self.version, self.verdict, ours, who.producer, mine, answer,
             who.slots, who.slot_bytes, who.max_leases, who.readers,

@@ -1,8 +1,8 @@
 """The server's end of one connection as a state machine: bytes in, events out; answers in, bytes out. No I/O.
 
 `receive` takes messages of the client and returns what has happened. Requests wait in `requests`. Each of the
-methods `grant`, `copy`, `refuse`, `fail`, `answer` answers the oldest of them, so answers have the order of
-the requests. `pop_outgoing` returns the bytes and payloads to send.
+methods `grant`, `grant_part`, `copy`, `refuse`, `fail`, `answer` answers the oldest of them, so answers have the
+order of the requests. `pop_outgoing` returns the bytes and payloads to send.
 
 The session checks everything that the protocol demands of a client. It knows neither the ring nor the leases:
 whether a payload is there, and what an acknowledgement ends, is for its user to find out and to do.
@@ -10,13 +10,16 @@ whether a payload is there, and what an acknowledgement ends, is for its user to
 
 from __future__ import annotations
 
+import struct
 from collections import deque
+from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from dray.errors import ProtocolError
 from dray.protocol.frames import (
     FRAME,
     FRAME_BYTES,
+    MAX_BODY_BYTES,
     MAX_TEXT_BYTES,
     VALID_HEADS,
     VERSION,
@@ -48,7 +51,7 @@ NO_BYTES: Final = memoryview(b"")
 _READ, _ACK, _STATUS = map(int, (Kind.READ, Kind.ACK, Kind.STATUS))
 _REQUESTS: Final = frozenset(map(int, (Kind.READ, Kind.CONSUME, Kind.STAT, Kind.DESCRIBE, Kind.SUBSCRIBE)))
 _OK = int(Status.OK)
-_CHECKSUM = Flag.CHECKSUM
+_CHECKSUM, _INLINE, _BODY = Flag.CHECKSUM, Flag.INLINE, Flag.BODY
 
 
 class Established(NamedTuple):
@@ -110,6 +113,7 @@ class ServerSession:
         closing: no answer follows those that `pop_outgoing` has still to return.
         expects: the size of the client's next message in bytes.
         requests: the requests without an answer, oldest first; each has the fields of a `Frame`.
+        body_bytes: bytes of their bodies, and of one that has come in part.
         subscribed: the client has subscribed to the stream: no request follows, see `dray.protocol.streams`.
         sending: ids of the reads whose payload `pop_outgoing` has returned and that is not `flushed`.
     """
@@ -133,6 +137,9 @@ class ServerSession:
         self._acks = 0
         self._answered_ok = 0
         self.requests: deque[tuple[int, ...]] = deque()
+        self._bodies: deque[bytes] = deque()  # of those of the requests that have one
+        self._incomplete: tuple[tuple[int, ...], bytearray] | None = None  # a READ and what has come of its body
+        self.body_bytes = 0
         self.sending: set[int] = set()
         self.established = False
         self.subscribed = False
@@ -168,13 +175,16 @@ class ServerSession:
         if self.subscribed:
             return self._receive_of_consumer(messages)
         events: list[Event] = []
-        requests, copied, new = self.requests, self._copied, tuple.__new__
+        requests, copied, new, incomplete = self.requests, self._copied, tuple.__new__, self._incomplete
         acks, answered = self._acks, self._answered_ok
         try:
             if len(messages) % FRAME_BYTES:
                 raise ProtocolError(f"a frame has {FRAME_BYTES} bytes, got {len(messages)}")
             for fields in FRAME.iter_unpack(messages):
-                kind, status, reader, flags, slot, request, sequence, nbytes, _, _, _, _ = fields
+                if incomplete is not None:
+                    incomplete = self._receive_body(FRAME.pack(*fields))
+                    continue
+                kind, status, reader, flags, slot, request, sequence, nbytes, _, _, _, size = fields
                 if (kind, status, flags) not in VALID_HEADS:
                     check(kind, status, flags, nbytes)
                 if kind == _ACK:
@@ -192,12 +202,37 @@ class ServerSession:
                     raise ProtocolError(f"a client that has not subscribed sent {Kind(kind).name}")
                 elif len(requests) >= MAX_PENDING:
                     raise ProtocolError(f"more than {MAX_PENDING} requests are unanswered on one connection")
+                elif flags & _BODY:
+                    incomplete = self._begin_body(fields, size)
                 else:
                     requests.append(fields)
         except ProtocolError as error:
             events.append(Violation(error))
         self._acks = acks
         return events
+
+    def _begin_body(self, request: tuple[int, ...], size: int) -> tuple[tuple[int, ...], bytearray]:
+        if not self._handshake.bodies:
+            raise ProtocolError("a READ has a body, which the handshake has not agreed on")
+        if not 0 < size <= MAX_BODY_BYTES or size % FRAME_BYTES:
+            raise ProtocolError(
+                f"the body of a READ has {size} bytes; it must have a multiple of {FRAME_BYTES}, "
+                f"{MAX_BODY_BYTES} at most"
+            )
+        self._incomplete = request, bytearray()
+        return self._incomplete
+
+    def _receive_body(self, part: bytes) -> tuple[tuple[int, ...], bytearray] | None:
+        """The READ whose body is not complete; None if it is now."""
+        assert self._incomplete is not None
+        request, body = self._incomplete
+        body += part
+        self.body_bytes += len(part)
+        if len(body) == request[-1]:
+            self.requests.append(request)
+            self._bodies.append(bytes(body))
+            self._incomplete = None
+        return self._incomplete
 
     def _receive_of_consumer(self, messages: bytes | bytearray | memoryview) -> list[Event]:
         try:
@@ -247,7 +282,7 @@ class ServerSession:
             return Status.DENIED
         if slot >= self._slots:
             return Status.STALE
-        if kind != _READ or flags:  # INLINE
+        if kind != _READ or flags & _INLINE:
             return None
         if len(self._granted) >= self._max_leases:
             return Status.BUSY
@@ -256,6 +291,11 @@ class ServerSession:
         if self._tagged and not tag:
             raise ProtocolError("a READ on the ucx lane has no tag, and is not inline")
         return None
+
+    @property
+    def body(self) -> bytes:
+        """The body of the oldest request, which has one."""
+        return self._bodies[0]
 
     def grant(self, view: memoryview, nbytes: int, offset: int, *, flags: int = 0, checksum: int = 0) -> None:
         """Answer a READ: the client has a lease until it sends ACK.
@@ -282,6 +322,31 @@ class ServerSession:
         elif self._tagged:
             outgoing.append(Payload(NO_BYTES, tag))
 
+    def grant_part(self, views: Sequence[memoryview], nbytes: int, *, flags: int = 0, checksum: int = 0) -> None:
+        """Answer a READ with a body: `grant` for a part of the payload, whose bytes lie in several places.
+
+        Where payloads are tagged messages, each view is one; their sizes follow STATUS as a message.
+
+        Args:
+            views: the part; they are read until `flushed`.
+            nbytes: the size of all of them.
+            flags, checksum: as for `grant`.
+        """
+        request = self._pop_request()
+        _, _, reader, _, slot, number, sequence, _, _, _, tag, _ = request
+        self._granted[number] = slot, sequence, reader
+        self._answered_ok += 1
+        count = len(views) if self._tagged else 0
+        self._outgoing.append(
+            FRAME.pack(
+                _STATUS, _OK, reader, flags, slot, number, sequence, nbytes, checksum, self._acks, tag, count
+            )
+        )
+        if count:
+            self._outgoing.append(struct.pack(f"<{count}Q", *[view.nbytes for view in views]))
+        self.sending.add(number)
+        self._outgoing += [Payload(view, tag) for view in views]
+
     def copy(self, payload: bytes, checksum: int | None) -> None:
         """Answer an inline READ with the payload and, unless it is None, its checksum.
 
@@ -306,7 +371,7 @@ class ServerSession:
     def subscribe(self, words: bool) -> None:
         """Answer a SUBSCRIBE; with `words`, a descriptor goes with the message."""
         request = self.requests.popleft()
-        if self.requests:
+        if self.requests or self._incomplete is not None:
             raise ProtocolError("requests follow SUBSCRIBE")
         self.subscribed = True
         self._append_status(request, Status.OK, flags=Flag.WORDS if words else Flag.NONE)
@@ -317,7 +382,7 @@ class ServerSession:
 
     def refuse(self, status: Status) -> None:
         """Answer a READ, a CONSUME or a SUBSCRIBE with a status alone."""
-        request = self.requests.popleft()
+        request = self._pop_request()
         self._append_status(request, status)
         self._append_empty_payload(request)
 
@@ -326,17 +391,28 @@ class ServerSession:
         request = self.requests.popleft()
         self._append_status(request, Status.OK, text)
 
-    def fail(self, text: str) -> None:
-        """Answer with ERROR and a sentence that names the cause."""
-        request = self.requests.popleft()
-        self._append_status(request, Status.ERROR, text)
+    def fail(self, text: str, status: Status = Status.ERROR) -> None:
+        """Answer with ERROR, or another status with a text, and a sentence that names the cause."""
+        request = self._pop_request()
+        self._append_status(request, status, text)
         self._append_empty_payload(request)
 
     def fail_all(self, text: str) -> None:
         """Answer with ERROR, and give the other requests no answer: the connection ends."""
         self.fail(text)
-        self.requests.clear()
+        self._clear_requests()
         self.closing = True
+
+    def _pop_request(self) -> tuple[int, ...]:
+        request = self.requests.popleft()
+        if request[0] == _READ and request[3] & _BODY:
+            self.body_bytes -= len(self._bodies.popleft())
+        return request
+
+    def _clear_requests(self) -> None:
+        self.requests.clear()
+        self._bodies.clear()
+        self._incomplete, self.body_bytes = None, 0
 
     def _append_status(
         self, request: tuple[int, ...], status: Status, text: str | None = None, flags: int = Flag.NONE
@@ -352,7 +428,7 @@ class ServerSession:
             self._outgoing.append(encoded)
 
     def _append_empty_payload(self, request: tuple[int, ...]) -> None:
-        """On a tagged lane the client has already posted its receive for the payload of a READ."""
+        """On a tagged lane the client has already posted its receive for the payload of a READ without a body."""
         kind, _, _, flags, _, _, _, _, _, _, tag, _ = request
         if self._tagged and kind == _READ and tag and not flags:
             self._outgoing.append(Payload(NO_BYTES, tag))
@@ -371,7 +447,7 @@ class ServerSession:
     def close(self) -> None:
         """Give no more answers. Twice is fine."""
         self.closing = True
-        self.requests.clear()
+        self._clear_requests()
         self.sending.clear()
         self._outgoing.clear()
         self._granted.clear()

@@ -14,7 +14,8 @@ from dray.errors import BufferClosedError, ConfigError, StreamEnded
 from dray.exclusive import Exclusive
 from dray.forking import here
 from dray.identifiers import PayloadId
-from dray.payload import PayloadSchema
+from dray.payload import PayloadSchema, Selection
+from dray.payload.selection import Fields, Rows
 from dray.protocol.handshake import check_secret
 from dray.resources import Closing
 from dray.streams.addresses import find_stream
@@ -72,12 +73,15 @@ class Consumer(Closing):
         prefetch: payloads that may lie here and were not handed to the program yet, 0 … 4096. With 0, producers
             give a payload only while the program waits for it.
         schema: what payloads must match; a producer with another schema is an error.
+        fields, rows: the part of each payload that is wanted, as for `PayloadClient.read`: from another host, only
+            that part travels. A payload without it is an error of the call that would get it, and is given back.
         secret: the secret of the producers at addresses.
         scope: where the name is known; see `dray.streams.registry.default_scope`.
         direct: use payloads in the memory of producers on this host where that is possible.
 
     Raises:
         ConfigError: an argument is not allowed.
+        SelectionError: `fields` and `rows` cannot be selected from any payload.
     """
 
     def __init__(
@@ -88,6 +92,8 @@ class Consumer(Closing):
         ack: Acknowledge = "next",
         prefetch: int = 2,
         schema: PayloadSchema | None = None,
+        fields: Fields | None = None,
+        rows: Rows | None = None,
         secret: bytes | None = None,
         scope: str | None = None,
         direct: bool = True,
@@ -105,6 +111,7 @@ class Consumer(Closing):
             group=checked_name(group, "group"),
             prefetch=prefetch,
             schema=schema_text(schema),
+            selection=Selection.of(fields, rows),
             secret=secret,
             direct=direct,
         )

@@ -559,7 +559,7 @@ class Inbox(Closing):
             raise
         place.source = source = Source(
             subscription, str(place), self._reads, client=self._client, release=self.release,
-            clock=self._clock, pause=self._surroundings.pause,
+            clock=self._clock, pause=self._surroundings.pause, selection=self.wanted.selection,
         )  # fmt: skip
         self._by_descriptor[subscription.fileno()] = place
         self._epoll.register(subscription.fileno(), select.EPOLLIN)

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 from dray.clock import Clock, Deadline
 from dray.errors import ProducerLostError, SlotError, StaleSlotError, TransportError
 from dray.identifiers import PayloadId
-from dray.payload import Values, unpack
+from dray.payload import Selection, Values, unpack
 from dray.protocol import PayloadRef, streams
 from dray.resources import Closing
 from dray.ring.attachment import Attachment, DirectLease
@@ -47,6 +47,7 @@ class Source(Closing):
         release: returns a payload that the program had, from any thread.
         clock: where time comes from.
         pause: waits between two requests.
+        selection: the part of each payload that is wanted; None for all.
 
     Attributes:
         received: payloads that it has given so far, without those that went back at once: until the producer has
@@ -67,6 +68,7 @@ class Source(Closing):
         release: Callable[[Source, streams.Given], None],
         clock: Clock,
         pause: Callable[[float], None],
+        selection: Selection | None = None,
     ) -> None:
         self.release = release
         self.subscription = subscription
@@ -79,6 +81,8 @@ class Source(Closing):
         self._client = client
         self._clock = clock
         self._pause = pause
+        self._selection = selection
+        self._selected = {} if selection is None else selection.arguments
         self._attachment: Attachment | None = subscription.attachment
         self._quiet: DirectLease | None = None  # the last one that was acknowledged without waking the producer
 
@@ -98,6 +102,7 @@ class Source(Closing):
         Raises:
             TransportError: it has failed, or its time had passed: `reader` continues with it.
             PayloadFormatError: its bytes are not arrays.
+            SelectionError: it does not have the part that is wanted.
         """
         attachment = self._attachment
         try:
@@ -109,7 +114,8 @@ class Source(Closing):
                     return None
             client = self._client(self.subscription.reader)
             attempt = deadline.capped_at(PATIENCE_SECONDS + given.nbytes / MIN_BYTES_PER_SECOND)
-            return client.read(self._ref(given), timeout=attempt.timeout, consume=False), False
+            arrays = client.read(self._ref(given), timeout=attempt.timeout, consume=False, **self._selected)
+            return arrays, False
         except (StaleSlotError, ProducerLostError):
             return None
 
@@ -120,10 +126,13 @@ class Source(Closing):
         the payload is gone, and raises TransportError if it could not be read.
         """
         client, ref = self._client(self.subscription.reader), self._ref(given)
+        selected = self._selected
 
         def read() -> Values | None:
             try:
-                return self._persist(lambda left: client.read(ref, timeout=left, consume=False), given.nbytes)
+                return self._persist(
+                    lambda left: client.read(ref, timeout=left, consume=False, **selected), given.nbytes
+                )
             except (StaleSlotError, ProducerLostError):
                 return None
 
@@ -180,6 +189,7 @@ class Source(Closing):
         Raises:
             TransportError: it could not be read at once. It is begun: `reader` continues with it.
             PayloadFormatError: its bytes are not arrays; it is given back.
+            SelectionError: it does not have the part that is wanted; it is given back.
         """
         try:
             if not self.subscription.begin(given):
@@ -263,7 +273,7 @@ class Source(Closing):
         self, attachment: Attachment, given: streams.Given, lease: DirectLease, warn: Callable[[Values], None]
     ) -> Payload:
         if attachment.free_leases < MIN_FREE_LEASES - 1:
-            arrays = unpack(self._reads.copy(lease))
+            arrays = unpack(self._reads.copy(lease, self._selection))
             self._reads.end(lease, consumed=False)
             self.copies += 1
             warn(arrays)
@@ -275,7 +285,7 @@ class Source(Closing):
         array = in_slot(lease)
         end_with(array, lease, self._reads).entered = True
         attachment.count_read(lease)
-        return unpack(array)
+        return unpack(array, selection=self._selection)
 
     def _persist(self, request: Callable[[float | None], T], nbytes: int = 0) -> T:
         """The result of a request that brings `nbytes` bytes, over new connections, before its deadline.

@@ -9,6 +9,7 @@ from typing import Final, Protocol
 
 from dray.clock import Clock
 from dray.errors import ProtocolError, SchemaError
+from dray.payload import Selection
 
 logger = logging.getLogger("dray.streams")
 
@@ -29,6 +30,7 @@ class Wanted:
         schema: the text of the schema that payloads must have; None accepts any.
         secret: the secret of producers on other hosts.
         direct: lease payloads in place where that is possible.
+        selection: the part of each payload that is wanted; None for all.
     """
 
     name: str = ""
@@ -39,6 +41,7 @@ class Wanted:
     schema: str | None = None
     secret: bytes | None = field(default=None, repr=False)
     direct: bool = True
+    selection: Selection | None = None
 
     def __str__(self) -> str:
         if self.name:

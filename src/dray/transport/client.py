@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.counters import Counters
@@ -14,12 +14,14 @@ from dray.errors import (
     ConnectionClosed,
     DrayError,
     PayloadError,
+    SelectionError,
     SlotError,
     StaleSlotError,
 )
 from dray.forking import here
 from dray.identifiers import MAX_READERS
-from dray.payload import Values, unpack
+from dray.payload import Selection, Values, unpack
+from dray.payload.selection import Fields, Rows
 from dray.protocol import PayloadRef
 from dray.protocol.frames import Status
 from dray.protocol.handshake import check_secret
@@ -50,6 +52,13 @@ from dray.transport.server_statistics import ServerStatistics
 from dray.transport.trace import Trace
 
 T = TypeVar("T")
+Unpacked = TypeVar("Unpacked", covariant=True)
+
+
+class UnpackAs(Protocol[Unpacked]):
+    """Makes what a read returns of a payload's bytes, of which a part may still be to select."""
+
+    def __call__(self, payload: Bytes, selection: Selection | None = None) -> Unpacked | DrayError: ...
 
 
 class PayloadClient(Closing):
@@ -133,14 +142,30 @@ class PayloadClient(Closing):
 
     # --- reading ----------------------------------------------------------------------------------------------
 
-    def read(self, ref: PayloadRef, *, timeout: float | None = 30.0, consume: bool = True) -> Values:
+    def read(
+        self,
+        ref: PayloadRef,
+        *,
+        timeout: float | None = 30.0,
+        consume: bool = True,
+        fields: Fields | None = None,
+        rows: Rows | None = None,
+    ) -> Values:
         """The payload's arrays, in memory of their own.
+
+        With `fields` or `rows`, only that part of the payload is copied, and over a network only that part
+        travels, unless the whole is no larger than `inline_bytes` or the server is older than selections.
 
         Args:
             ref: what to read.
             timeout: seconds for connecting, reading and further attempts together; None for no limit.
             consume: acknowledge the payload, so that its slot can be used again. Otherwise it can be read again
                 until `consume`.
+            fields: the fields that are wanted, in any order; None for all. A nested value is named by the path of
+                its keys, with dots between them, such as ``"info.reward"``. A dot or a backslash in a key has a
+                backslash before it there, but not in the name of a field of the first level.
+            rows: which rows of these are wanted: the name of an array of the first level → a slice, a pair
+                ``(start, stop)``, or several of these, ascending and without overlap. Several come as one array.
 
         Raises:
             StaleSlotError: the payload was consumed or overwritten.
@@ -149,28 +174,44 @@ class PayloadClient(Closing):
             AuthenticationError: this client does not have the job's secret.
             ReaderIdError: this client's reader id is not one of the ring's.
             PayloadFormatError: the bytes are not arrays; see `read_bytes`.
+            SelectionError: the payload has no such fields or rows. It is not consumed.
         """
-        return self._read(ref, timeout, consume, _unpack)
+        return self._read(ref, timeout, consume, _unpack, selection=Selection.of(fields, rows))
 
     def read_bytes(self, ref: PayloadRef, *, timeout: float | None = 30.0, consume: bool = True) -> Bytes:
         """The payload as uint8 of shape (nbytes,), in memory of its own; otherwise like `read`."""
         return self._read(ref, timeout, consume, _as_bytes)
 
-    async def read_async(self, ref: PayloadRef, *, timeout: float | None = 30.0, consume: bool = True) -> Values:
+    async def read_async(
+        self,
+        ref: PayloadRef,
+        *,
+        timeout: float | None = 30.0,
+        consume: bool = True,
+        fields: Fields | None = None,
+        rows: Rows | None = None,
+    ) -> Values:
         """`read` for asyncio, in up to 32 threads of the client's own; further reads wait for a free thread.
 
         The payload is consumed when the awaiting task receives it; that of a cancelled read is released.
         """
         self._check_process()
-        deadline = Deadline.after(timeout, self._clock)
-        found = await self._async_reads.run(lambda: self._hold_read(ref, deadline), deadline)
+        deadline, selection = Deadline.after(timeout, self._clock), Selection.of(fields, rows)
+        found = await self._async_reads.run(lambda: self._hold_read(ref, deadline, selection), deadline)
         arrays = found.arrays
         found.end(consume)
         if isinstance(arrays, DrayError):
             raise arrays
         return arrays
 
-    def lease(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> InPlaceLease[Values]:
+    def lease(
+        self,
+        ref: PayloadRef,
+        *,
+        timeout: float | None = 30.0,
+        fields: Fields | None = None,
+        rows: Rows | None = None,
+    ) -> InPlaceLease[Values]:
         """A context manager that yields the payload's arrays; on the shm lane in place, without a copy.
 
         A clean exit of the ``with`` block consumes the payload, an exception releases it. At the end the mapping
@@ -180,16 +221,20 @@ class PayloadClient(Closing):
         Args:
             ref: what to lease.
             timeout: seconds until the payload is leased; None for no limit.
+            fields, rows: the part that is wanted, as for `read`. Several ranges of rows of one array are a copy.
 
         Raises:
             DrayError: the payload cannot be leased, with the types of `read`; by this call or when the block is
                 entered.
         """
-        return self._lease(ref, timeout, LeasedArrays)
+        selection = Selection.of(fields, rows)
+        return self._lease(
+            ref, timeout, lambda root, whole: LeasedArrays(root, selection if whole else None), selection
+        )
 
     def lease_bytes(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> InPlaceLease[LeasedBytes]:
         """`lease` without unpacking: the block gets an object whose `data` is uint8 of shape (nbytes,)."""
-        return self._lease(ref, timeout, LeasedBytes)
+        return self._lease(ref, timeout, lambda root, _: LeasedBytes(root))
 
     def read_many(
         self,
@@ -199,6 +244,8 @@ class PayloadClient(Closing):
         consume: bool = True,
         return_errors: bool = False,
         in_place: bool = False,
+        fields: Fields | None = None,
+        rows: Rows | None = None,
     ) -> Generator[ReadResult[Values], None, None]:
         """Read a batch, pipelined for each producer; yields a `ReadResult` per reference, in their order.
 
@@ -214,6 +261,7 @@ class PayloadClient(Closing):
             in_place: only with ``consume=False``. Payloads of 64 KiB or more whose producers are on this host
                 come without a copy where that is possible, as read-only arrays in their slots. The slot of one
                 stays leased until its last array is gone.
+            fields, rows: the part of each payload that is wanted, as for `read`.
 
         Raises:
             DrayError: a payload cannot be read; the types are those of `read`.
@@ -221,8 +269,9 @@ class PayloadClient(Closing):
         if in_place and consume:
             raise ConfigError("in_place", in_place, "False unless consume is False")
         return self._read_many(
-            _unpack, refs, timeout, consume=consume, return_errors=return_errors, in_place=in_place
-        )
+            _unpack, refs, timeout,
+            consume=consume, return_errors=return_errors, in_place=in_place, selection=Selection.of(fields, rows),
+        )  # fmt: skip
 
     def read_many_bytes(
         self,
@@ -332,18 +381,26 @@ class PayloadClient(Closing):
     # --- inside -----------------------------------------------------------------------------------------------
 
     def _read(
-        self, ref: PayloadRef, timeout: float | None, consume: bool, unpack_as: Callable[[Bytes], T | DrayError]
+        self,
+        ref: PayloadRef,
+        timeout: float | None,
+        consume: bool,
+        unpack_as: UnpackAs[T],
+        *,
+        selection: Selection | None = None,
     ) -> T:
         self._check_process()
         lease = self._direct.lease(ref)
         if lease is not None:
-            return self._copy_and_end(lease, consume, unpack_as)
+            return self._copy_and_end(lease, consume, unpack_as, selection)
         attempts = self._connections.attempts(ref, Deadline.after(timeout, self._clock))
-        return self._connections.run(attempts, self._read_request(ref, consume, unpack_as))
+        return self._connections.run(attempts, self._read_request(ref, consume, unpack_as, selection))
 
-    def _copy_and_end(self, lease: DirectLease, consume: bool, unpack_as: Callable[[Bytes], T | DrayError]) -> T:
+    def _copy_and_end(
+        self, lease: DirectLease, consume: bool, unpack_as: UnpackAs[T], selection: Selection | None
+    ) -> T:
         """Copy a payload. Its lease ends last: an exception before that leaves the payload where it is."""
-        payload = unpack_as(self._direct.copy(lease))
+        payload = unpack_as(self._direct.copy(lease, selection))
         self._direct.end(lease, consume)
         if isinstance(payload, DrayError):
             raise payload
@@ -359,15 +416,20 @@ class PayloadClient(Closing):
             raise Refused(error) from None
 
     def _read_request(
-        self, ref: PayloadRef, consume: bool, unpack_as: Callable[[Bytes], T | DrayError]
+        self, ref: PayloadRef, consume: bool, unpack_as: UnpackAs[T], selection: Selection | None
     ) -> RequestFunction[T]:
         """The request of a read over a connection. The lease ends last here as well."""
 
         def request(connection: Connection, status_deadline: Deadline, deadline: Deadline) -> T:
             lease = self._newly_direct(connection, ref)
             if lease is not None:
-                return self._copy_and_end(lease, consume, unpack_as)
-            received = connection.read(ref, self._reader, status_deadline, deadline, copy=True)
+                try:
+                    return self._copy_and_end(lease, consume, unpack_as, selection)
+                except PayloadError as error:
+                    raise Refused(error) from None
+            received = connection.read(
+                ref, self._reader, status_deadline, deadline, copy=True, selection=selection
+            )
             if not isinstance(received, ReceivedPayload):
                 raise Refused(received)
             payload = unpack_as(received.data() if received.in_place else received.root)
@@ -378,7 +440,9 @@ class PayloadClient(Closing):
 
         return request
 
-    def _lease(self, ref: PayloadRef, timeout: float | None, make: MakeContent[T]) -> InPlaceLease[T]:
+    def _lease(
+        self, ref: PayloadRef, timeout: float | None, make: MakeContent[T], selection: Selection | None = None
+    ) -> InPlaceLease[T]:
         self._check_process()
         lease = self._direct.lease(ref)
         if lease is not None:
@@ -387,13 +451,15 @@ class PayloadClient(Closing):
             ref,
             Deadline.after(timeout, self._clock),
             copy=False,
+            selection=selection,
             make=lambda received, kept: KeptInPlaceLease(received, kept, self._reaper, make),
             direct=lambda lease: DirectInPlaceLease(lease, make, self._direct),
         )
 
-    def _hold_read(self, ref: PayloadRef, deadline: Deadline) -> HeldRead:
+    def _hold_read(self, ref: PayloadRef, deadline: Deadline, selection: Selection | None) -> HeldRead:
         def direct(lease: DirectLease) -> HeldRead:
-            return HeldRead(_unpack(self._direct.copy(lease)), lambda consumed: self._direct.end(lease, consumed))
+            arrays = _unpack(self._direct.copy(lease, selection))
+            return HeldRead(arrays, lambda consumed: self._direct.end(lease, consumed))
 
         def kept(received: ReceivedPayload, kept: KeptLease) -> HeldRead:
             def end(consumed: bool) -> None:
@@ -405,7 +471,7 @@ class PayloadClient(Closing):
         lease = self._direct.lease(ref)
         if lease is not None:
             return direct(lease)
-        return self._hold(ref, deadline, copy=True, make=kept, direct=direct)
+        return self._hold(ref, deadline, copy=True, selection=selection, make=kept, direct=direct)
 
     def _hold(
         self,
@@ -413,6 +479,7 @@ class PayloadClient(Closing):
         deadline: Deadline,
         *,
         copy: bool,
+        selection: Selection | None,
         make: Callable[[ReceivedPayload, KeptLease], T],
         direct: Callable[[DirectLease], T],
     ) -> T:
@@ -426,14 +493,19 @@ class PayloadClient(Closing):
         def request(connection: Connection, status_deadline: Deadline, deadline: Deadline) -> T:
             lease = self._newly_direct(connection, ref)
             if lease is not None:
-                return direct(lease)
-            received = connection.read(ref, self._reader, status_deadline, deadline, copy=copy)
+                try:
+                    return direct(lease)
+                except SelectionError as error:
+                    raise Refused(error) from None
+            received = connection.read(
+                ref, self._reader, status_deadline, deadline, copy=copy, selection=selection
+            )
             if not isinstance(received, ReceivedPayload):
                 raise Refused(received)
             if copy and received.from_slot and not connection.usable():
                 raise ConnectionClosed("the lease may have ended while the payload was copied")
             connection.reads += 1
-            connection.read_bytes += ref.nbytes
+            connection.read_bytes += received.root.nbytes
             made = make(received, KeptLease(self._connections, holder, received.request))
             holder.keeper = Keeper.CALLER
             return made
@@ -442,13 +514,14 @@ class PayloadClient(Closing):
 
     def _read_many(
         self,
-        unpack_as: Callable[[Bytes], T | DrayError],
+        unpack_as: UnpackAs[T],
         refs: Iterable[PayloadRef],
         timeout: float | None,
         *,
         consume: bool,
         return_errors: bool,
         in_place: bool = False,
+        selection: Selection | None = None,
     ) -> Generator[ReadResult[T], None, None]:
         self._check_process()
         batch = Batch(
@@ -458,14 +531,15 @@ class PayloadClient(Closing):
             reader=self._reader,
             consume=consume,
             in_place=in_place,
+            selection=selection,
             timeout=timeout,
             clock=self._clock,
         )
         orderly = False
         try:
             for ref in batch.refs:
-                lease, found = batch.next(ref)
-                outcome = found if isinstance(found, DrayError) else unpack_as(found)
+                lease, found, whole = batch.next(ref)
+                outcome = found if isinstance(found, DrayError) else unpack_as(found, selection if whole else None)
                 if isinstance(outcome, DrayError):
                     self._counters.add("failed_reads")
                     if not return_errors:
@@ -483,14 +557,15 @@ class PayloadClient(Closing):
             raise BufferClosedError("the client belongs to the process that this one was forked from")
 
 
-def _unpack(payload: Bytes) -> Values | DrayError:
+def _unpack(payload: Bytes, selection: Selection | None = None) -> Values | DrayError:
     try:
-        return unpack(payload)
+        return unpack(payload, selection=selection)
     except PayloadError as error:
         return error
 
 
-def _as_bytes(payload: Bytes) -> Bytes | DrayError:
+def _as_bytes(payload: Bytes, selection: Selection | None = None) -> Bytes | DrayError:
+    assert selection is None
     return payload
 
 

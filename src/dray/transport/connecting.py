@@ -30,11 +30,13 @@ class Shared:
         identity: the ring behind the server.
         segment: its memory on the shm lane, else None.
         attachment: the means for direct leases, if they were wanted and granted.
+        bodies: READs may have a body.
     """
 
     identity: ServerIdentity
     segment: Segment | None = None
     attachment: Attachment | None = None
+    bodies: bool = False
 
 
 def shake_hands(
@@ -84,7 +86,7 @@ def shake_hands(
                 f"producer {identity.producer.hex()} listens there, not {producer.hex()}", endpoint=endpoint
             )
         if stream.lane.in_band:
-            return Shared(identity)
+            return Shared(identity, bodies=handshake.bodies)
         attached = handshake.welcome & WelcomeFlag.ATTACHED and attach_as is not None
         if not attached:
             segment = Segment.attach(_only(descriptors))

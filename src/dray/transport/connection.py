@@ -6,6 +6,8 @@ The thread that uses a connection drives it. What the protocol demands of the se
 
 from __future__ import annotations
 
+import itertools
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,12 +20,14 @@ from dray.errors import (
     DrayError,
     MessageTruncated,
     ProtocolError,
+    SelectionError,
     TransportError,
     VersionMismatch,
 )
+from dray.payload.selection import Selection
 from dray.protocol import PayloadRef
 from dray.protocol.client_session import PAYLOAD, Answer, ClientSession, Event, Refusal, Request
-from dray.protocol.frames import FRAME_BYTES, MIN_VERSION, VERSION, Flag, Kind, Status
+from dray.protocol.frames import FRAME_BYTES, MAX_ADDED_BYTES, MIN_VERSION, VERSION, Flag, Kind, Status
 from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.transport import trace
 from dray.transport.connecting import Shared, shake_hands
@@ -45,6 +49,7 @@ class ReceivedPayload:
     Attributes:
         request: the READ that holds its lease.
         root: its bytes, uint8 of shape (nbytes,): private memory, or on the shm lane the slot itself, read-only.
+            In private memory they are those of the part, if one was selected.
         in_place: `root` is the slot.
         buffers: where a copy's memory comes from.
         from_slot: `root` is the slot or a copy of it, correct only if the lease has lasted until then.
@@ -60,9 +65,7 @@ class ReceivedPayload:
         """The payload in memory of its own."""
         if not self.in_place:
             return self.root
-        copy = self.buffers.allocate(self.root.nbytes)
-        np.copyto(copy, self.root)
-        return copy
+        return self.buffers.copy(self.root)
 
 
 class Connection:
@@ -86,6 +89,7 @@ class Connection:
         failure: why it must not be used again; None while it can be.
         in_band: payloads come over the connection; on the shm lane they lie in the mapped segment.
         attachment: the means for direct leases, if the handshake has brought any.
+        bodies: READs may have a body; without, payloads are received whole, and the part is selected here.
         ended: leases, with whether they end as consumed, which the next `ask` or `end_leases` ends.
         handed_out: the lease of the payload that the caller has received last, to be added to `ended`.
     """
@@ -108,6 +112,7 @@ class Connection:
         self.endpoint = endpoint
         self.identity = shared.identity
         self.attachment = shared.attachment
+        self.bodies = shared.bodies
         self.version = version
         self.lane = stream.lane
         self.in_band = stream.lane.in_band
@@ -128,7 +133,7 @@ class Connection:
         self._report = report
         self._asked_at = 0.0
         self._answered_at: float | None = None
-        self._session = ClientSession(endpoint, shared.identity.readers)
+        self._session = ClientSession(endpoint, shared.identity.readers, tagged=stream.lane.tagged)
 
     @classmethod
     def open(
@@ -195,40 +200,59 @@ class Connection:
     # --- reading ----------------------------------------------------------------------------------------------
 
     def read(
-        self, ref: PayloadRef, reader: int, status_deadline: Deadline, deadline: Deadline, *, copy: bool
+        self,
+        ref: PayloadRef,
+        reader: int,
+        status_deadline: Deadline,
+        deadline: Deadline,
+        *,
+        copy: bool,
+        selection: Selection | None = None,
     ) -> ReceivedPayload | DrayError:
         """Read one payload: `ask` and `answer` in one call."""
-        frame, target = self._request(ref, reader, copy)
+        frame, target = self._request(ref, reader, copy, selection)
         if not self._stream.send([frame]):
             self._flush(status_deadline)
-        return self.answer(target, status_deadline, deadline, copy=copy)
+        return self.answer(target, status_deadline, deadline, copy=copy, selection=selection)
 
     def ask(
-        self, refs: Sequence[PayloadRef], reader: int, deadline: Deadline, *, copy: bool = False
+        self,
+        refs: Sequence[PayloadRef],
+        reader: int,
+        deadline: Deadline,
+        *,
+        copy: bool = False,
+        selection: Selection | None = None,
     ) -> list[Bytes | None]:
         """Send one READ for each reference, and the ACKs of the leases that have `ended`, as one message.
 
-        Returns the memory that each payload arrives in, for `answer`; None where it comes with its STATUS or stays
-        in its slot. With `copy` payloads are wanted in memory of their own.
+        Returns the memory that each payload arrives in, for `answer`; None where it comes with its STATUS, stays
+        in its slot, or is a part whose size is not known. With `copy` payloads are wanted in memory of their own.
         """
         frames = self._ends()
         targets: list[Bytes | None] = []
         for ref in refs:
-            frame, target = self._request(ref, reader, copy)
+            frame, target = self._request(ref, reader, copy, selection)
             frames.append(frame)
             targets.append(target)
         self._send(frames, deadline)
         return targets
 
     def answer(
-        self, target: Bytes | None, status_deadline: Deadline, deadline: Deadline, *, copy: bool = True
+        self,
+        target: Bytes | None,
+        status_deadline: Deadline,
+        deadline: Deadline,
+        *,
+        copy: bool = True,
+        selection: Selection | None = None,
     ) -> ReceivedPayload | DrayError:
         """Receive the next payload that was asked for, or the refusal that came instead of it.
 
         Args:
             target: what `ask` has returned for it.
             status_deadline, deadline: when its STATUS, and all of it, must have come.
-            copy: as for `ask`.
+            copy, selection: as for `ask`.
 
         Raises:
             TransportError: the connection failed, or a deadline passed.
@@ -236,30 +260,34 @@ class Connection:
         """
         event = self._event(status_deadline, deadline)
         request = event.request
-        inline = request.flags
+        asked = request.flags
         if isinstance(event, Refusal):
-            if self.in_band and not inline:
+            if self.in_band and not asked:
                 try:
-                    self._payload(0, status_deadline)
+                    self._payload((0,), status_deadline)
                 except TransportError as error:
                     self.failure = error  # the refusal is the answer, also without its empty payload
+            elif asked & Flag.BODY:
+                self._stream.expect_reserved(())
             return event.error
-        frame, nbytes = event.frame, request.nbytes
+        frame = event.frame
+        nbytes = frame.nbytes
         from_slot, copied, checksum = False, True, None
-        if inline:
+        sizes: Sequence[int] = (nbytes,)
+        if asked & Flag.BODY:
+            target, sizes = self._expect_part(event)
+            selection = None
+        if asked & Flag.INLINE:
             target = np.frombuffer(bytearray(event.body), _UINT8)
         elif self.in_band:
             assert target is not None
             if frame.flags and self._verify:
-                checksum = self._payload_and_checksum(target, nbytes, deadline)
+                checksum = self._payload_and_checksum(target, sizes, deadline)
             else:
-                self._payload(nbytes, deadline)
+                self._payload(sizes, deadline)
         else:
             target = self._in_slot(request.slot, nbytes, frame.offset)
             from_slot, copied = True, copy
-            if copy:
-                slot, target = target, self._buffers.allocate(nbytes)
-                np.copyto(target, slot)
         if frame.flags and self._verify and not from_slot:
             if checksum is None:
                 checksum = xxhash.xxh3_64_intdigest(target.data)
@@ -268,6 +296,12 @@ class Connection:
                     "the payload does not match its checksum",
                     endpoint=self.endpoint, slot=request.slot, sequence=request.sequence,
                 )  # fmt: skip
+        if copied and (from_slot or selection is not None):
+            try:
+                target = self._buffers.copy(target, selection)
+            except SelectionError as error:
+                self.acknowledge([(request, False)], deadline)
+                return error
         if self._report is not None:
             self._report(
                 trace.Payload(self._clock.now(), self.endpoint, request.slot, request.sequence, nbytes, id(self))
@@ -382,11 +416,16 @@ class Connection:
 
     # --- requests into bytes ----------------------------------------------------------------------------------
 
-    def _request(self, ref: PayloadRef, reader: int, copy: bool) -> tuple[bytes, Bytes | None]:
+    def _request(
+        self, ref: PayloadRef, reader: int, copy: bool, selection: Selection | None
+    ) -> tuple[bytes, Bytes | None]:
         """The READ for a payload, and the memory that it arrives in, if it travels by itself."""
-        target, tag, flags = None, 0, Flag.NONE
+        target, tag, flags, body = None, 0, Flag.NONE, b""
         if copy and ref.nbytes <= self.inline_bytes:
             flags = Flag.INLINE
+        elif selection is not None and self.bodies:
+            body = selection.text
+            tag = self._stream.reserve()
         elif self.in_band:
             # A reference is untrusted: one that names more than a slot holds must not claim that memory.
             target = self._buffers.allocate(min(ref.nbytes, self.identity.slot_bytes))
@@ -396,7 +435,7 @@ class Connection:
                 trace.Request(self._clock.now(), self.endpoint, _READ, ref.slot, ref.sequence, reader, id(self))
             )
         frame = self._session.request(
-            _READ, ref.slot, ref.sequence, reader, nbytes=ref.nbytes, tag=tag, flags=flags
+            _READ, ref.slot, ref.sequence, reader, nbytes=ref.nbytes, tag=tag, flags=flags, body=body
         )
         return frame, target
 
@@ -459,20 +498,41 @@ class Connection:
             raise event.error
         return event
 
-    def _payload(self, nbytes: int, deadline: Deadline) -> None:
-        while not self._stream.payload_arrived(nbytes):
-            self._wait(deadline, PAYLOAD)
+    def _expect_part(self, answer: Answer) -> tuple[Bytes, Sequence[int]]:
+        """Memory for a part of a payload, in which its messages are expected, and their sizes.
 
-    def _payload_and_checksum(self, target: Bytes, nbytes: int, deadline: Deadline) -> int:
+        Its size was compared with that of the reference, which is untrusted: a slot does not hold more.
+        """
+        nbytes = answer.frame.nbytes
+        if nbytes > self.identity.slot_bytes + MAX_ADDED_BYTES:
+            raise ProtocolError(f"the part of a payload has {nbytes} bytes", endpoint=self.endpoint)
+        sizes = [nbytes] if not self.lane.tagged else struct.unpack(f"<{len(answer.body) // 8}Q", answer.body)
+        if 0 in sizes or sum(sizes) != nbytes:
+            raise ProtocolError(
+                f"{len(sizes)} messages of {sum(sizes)} bytes are announced for {nbytes}", endpoint=self.endpoint
+            )
+        target = self._buffers.allocate(nbytes)
+        ends = itertools.accumulate(sizes, initial=0)
+        self._stream.expect_reserved([target.data[begin:end] for begin, end in itertools.pairwise(ends)])
+        return target, sizes
+
+    def _payload(self, sizes: Sequence[int], deadline: Deadline) -> None:
+        for size in sizes:
+            while not self._stream.payload_arrived(size):
+                self._wait(deadline, PAYLOAD)
+
+    def _payload_and_checksum(self, target: Bytes, sizes: Sequence[int], deadline: Deadline) -> int:
         """Receive a payload; its checksum, most of which is computed while the rest is on its way."""
         stream, view = self._stream, target.data
-        digest, covered = xxhash.xxh3_64(), 0
-        while not stream.payload_arrived(nbytes):
-            filled = stream.filled
-            if filled > covered:
-                digest.update(view[covered:filled])
-                covered = filled
-            self._wait(deadline, PAYLOAD)
+        digest, covered, begin = xxhash.xxh3_64(), 0, 0
+        for size in sizes:
+            while not stream.payload_arrived(size):
+                filled = begin + stream.filled
+                if filled > covered:
+                    digest.update(view[covered:filled])
+                    covered = filled
+                self._wait(deadline, PAYLOAD)
+            begin += size
         digest.update(view[covered:])
         return int(digest.intdigest())
 

@@ -8,6 +8,8 @@ import weakref
 import numpy as np
 
 from dray.clock import MONOTONIC, Clock
+from dray.errors import SelectionError
+from dray.payload.selection import Selection
 from dray.protocol import PayloadRef
 from dray.resources import Closing
 from dray.ring.attachment import Attachment, DirectLease
@@ -96,15 +98,21 @@ class DirectReads(Closing):
             self._trace(Payload(self._now(), DIRECT, ref.slot, ref.sequence, ref.nbytes, id(self)))
         return lease
 
-    def copy(self, lease: DirectLease) -> Bytes:
-        """The payload in memory of its own."""
+    def copy(self, lease: DirectLease, selection: Selection | None = None) -> Bytes:
+        """The payload, or the part that is selected, in memory of its own.
+
+        Raises:
+            SelectionError: the payload does not have that part; the lease has ended, released.
+        """
         begin, nbytes = lease.offset, lease.nbytes
         payload: Bytes = lease.attachment.array[begin : begin + nbytes]
-        if nbytes < MIN_POOLED_BYTES:
+        if selection is None and nbytes < MIN_POOLED_BYTES:
             return payload.copy()
-        copy = self._buffers.allocate(nbytes)
-        np.copyto(copy, payload)
-        return copy
+        try:
+            return self._buffers.copy(payload, selection)
+        except SelectionError:
+            lease.end(consumed=False)
+            raise
 
     def in_place(self, lease: DirectLease) -> Bytes:
         """The payload in its slot. The lease ends, released, when the last array into it is gone."""

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
 from dray.errors import BufferClosedError, LeaseInUseError
-from dray.payload import Values, unpack
+from dray.payload import Selection, Values, unpack
 from dray.protocol.client_session import Request
 from dray.resources import Closing
 from dray.ring.attachment import DirectLease
@@ -67,10 +67,16 @@ class Content(Closing, Generic[T]):
 
 
 class LeasedArrays(Content[Values]):
-    """The arrays of a payload, in a mapping that is empty after the block."""
+    """The arrays of a payload, in a mapping that is empty after the block.
 
-    def __init__(self, root: Bytes) -> None:
+    Args:
+        root: the payload's bytes.
+        selection: the part of them that is wanted; all by default.
+    """
+
+    def __init__(self, root: Bytes, selection: Selection | None = None) -> None:
         super().__init__(root)
+        self._selection = selection
         self._arrays: Values = {}
 
     @property
@@ -79,9 +85,10 @@ class LeasedArrays(Content[Values]):
 
         Raises:
             PayloadFormatError: the bytes are not arrays.
+            SelectionError: they do not have the part that is wanted.
         """
         if not self._arrays:
-            self._arrays = unpack(self.data)
+            self._arrays = unpack(self.data, selection=self._selection)
         return self._arrays
 
     def close(self) -> None:
@@ -97,7 +104,8 @@ class LeasedBytes(Content["LeasedBytes"]):
         return self
 
 
-MakeContent = Callable[[Bytes], Content[T]]
+MakeContent = Callable[[Bytes, bool], Content[T]]
+"""Makes the content of a payload's bytes; the flag is true if they are in the slot, and whole."""
 
 
 class InPlaceLease(abc.ABC, Generic[T]):
@@ -110,6 +118,7 @@ class InPlaceLease(abc.ABC, Generic[T]):
         Raises:
             BufferClosedError: the lease has ended, or the client was closed meanwhile.
             PayloadFormatError: the bytes are not arrays.
+            SelectionError: they do not have the part that is wanted.
         """
 
     def __exit__(
@@ -148,7 +157,7 @@ class DirectInPlaceLease(InPlaceLease[T]):
     def __init__(self, lease: DirectLease, make: MakeContent[T], reads: DirectReads) -> None:
         array = in_slot(lease)
         self._root = end_with(array, lease, reads)
-        self._content = make(array)
+        self._content = make(array, True)
         self._ended = False
         lease.attachment.count_read(lease)
 
@@ -205,7 +214,7 @@ class KeptInPlaceLease(InPlaceLease[T]):
 
     def __init__(self, received: ReceivedPayload, kept: Kept, reaper: LeaseReaper, make: MakeContent[T]) -> None:
         self._in_place = received.in_place
-        self._content: Content[T] | None = make(received.root)
+        self._content: Content[T] | None = make(received.root, received.in_place)
         self._kept = kept
         self._reaper = reaper
         self._watched = self._watch(received.root, consumed=False)

@@ -13,7 +13,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from dray.clock import Clock, Deadline
-from dray.errors import BufferClosedError, ConfigError, ConnectionClosed, DrayError, SlotError, TransportError
+from dray.errors import (
+    BufferClosedError,
+    ConfigError,
+    ConnectionClosed,
+    DrayError,
+    SelectionError,
+    SlotError,
+    TransportError,
+)
+from dray.payload import Selection
 from dray.protocol import PayloadRef
 from dray.protocol.client_session import Request
 from dray.ring.attachment import DirectLease
@@ -111,6 +120,7 @@ class Batch:
         reader: the client's reader id.
         consume: payloads that are handed out end as consumed.
         in_place: large payloads that are leased directly are handed out in their slots.
+        selection: the part of each payload that is wanted; what is handed out in a slot is whole.
         timeout: seconds for the whole batch; None for no limit.
 
     Attributes:
@@ -128,6 +138,7 @@ class Batch:
         reader: int,
         consume: bool,
         in_place: bool,
+        selection: Selection | None,
         timeout: float | None,
         clock: Clock,
     ) -> None:
@@ -137,6 +148,7 @@ class Batch:
         self._direct = direct
         self._consume = consume
         self._in_place = in_place
+        self._selection = selection
         self._clock = clock
         self._spent = 0.0
         self._timeout = math.inf if timeout is None else timeout
@@ -147,8 +159,10 @@ class Batch:
         self._open: dict[Pipeline, None] = {}  # the least recently used one first
         self._last: Pipeline | None = None
 
-    def next(self, ref: PayloadRef) -> tuple[Any, Bytes | DrayError]:
-        """The result for the reference that is due: its lease, and the payload's bytes or its error.
+    def next(self, ref: PayloadRef) -> tuple[Any, Bytes | DrayError, bool]:
+        """The result for the reference that is due: its lease, the payload's bytes or its error.
+
+        The last of the three is true for a payload in its slot, which is whole.
 
         Raises:
             BufferClosedError: the client was closed; leases have ended with their connections.
@@ -174,19 +188,22 @@ class Batch:
                 except SlotError as error:
                     if pipeline is not None:
                         pipeline.waiting.popleft()
-                    return None, error
+                    return None, error, False
                 if lease is not None:
                     if pipeline is not None:
                         pipeline.waiting.popleft()
                     if self._in_place and lease.nbytes >= MIN_POOLED_BYTES:
-                        return None, direct.in_place(lease)
-                    return lease, direct.copy(lease)
+                        return None, direct.in_place(lease), True
+                    try:
+                        return lease, direct.copy(lease, self._selection), False
+                    except SelectionError as error:
+                        return None, error, False
         if pipeline is None:
             self._group(self.refs[taken:])
             pipeline = self._pipelines[ref.producer]
         if pipeline is not self._last or not pipeline.results:
             self._prepare(pipeline)
-        return self._next_of(pipeline, ref)
+        return *self._next_of(pipeline), False
 
     def _group(self, refs: Iterable[PayloadRef]) -> None:
         """Make the pipelines of all producers, for what is left."""
@@ -194,12 +211,14 @@ class Batch:
         for ref in refs:
             grouped.setdefault(ref.producer, []).append(ref)
         self._pipelines = {
-            producer: Pipeline(self._connections, each, reader=self._reader, consume=self._consume)
+            producer: Pipeline(
+                self._connections, each, reader=self._reader, consume=self._consume, selection=self._selection
+            )
             for producer, each in grouped.items()
         }
 
-    def _next_of(self, pipeline: Pipeline, ref: PayloadRef) -> Received:
-        lease, _ = pipeline.results[0]
+    def _next_of(self, pipeline: Pipeline) -> Received:
+        _, found = pipeline.results[0]
         connection = pipeline.connection
         self.source = self if connection is None else connection
         if connection is not None:
@@ -207,9 +226,9 @@ class Batch:
                 raise BufferClosedError("the client was closed between two results")
             if connection.handed_out is not None:
                 connection.note_handed_out()
-            if lease is not None:
+            if not isinstance(found, DrayError):
                 connection.reads += 1
-                connection.read_bytes += ref.nbytes
+                connection.read_bytes += found.nbytes
         pipeline.waiting.popleft()
         return pipeline.results.popleft()
 
@@ -277,8 +296,15 @@ class Pipeline:
     """
 
     def __init__(
-        self, connections: Connections, refs: Sequence[PayloadRef], *, reader: int, consume: bool
+        self,
+        connections: Connections,
+        refs: Sequence[PayloadRef],
+        *,
+        reader: int,
+        consume: bool,
+        selection: Selection | None,
     ) -> None:
+        self._selection = selection
         self.connection: Connection | None = None
         self.results: deque[Received] = deque()
         self.waiting = deque(refs)
@@ -376,7 +402,7 @@ class Pipeline:
         found: list[Received] = []
         from_slot = False
         for target in self._asked.popleft().targets:
-            received = connection.answer(target, status_deadline, deadline)
+            received = connection.answer(target, status_deadline, deadline, selection=self._selection)
             status_deadline = deadline  # the endpoint is known to answer
             if isinstance(received, ReceivedPayload):
                 from_slot = from_slot or received.from_slot
@@ -402,7 +428,7 @@ class Pipeline:
             ):
                 refs.append(self._due)
                 self._due = next(self._unasked, None)
-            targets = connection.ask(refs, self._reader, deadline, copy=True)
+            targets = connection.ask(refs, self._reader, deadline, copy=True, selection=self._selection)
             self._asked.append(_RequestGroup(targets, inline))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dray.errors import PayloadTooLargeError
+from dray.payload.selection import Selection, part_of
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -68,6 +69,22 @@ class ReceiveBuffers:
         watched = weakref.ref(lent, self._returned.append)
         self._lent[id(watched)] = watched, block
         return lent
+
+    def copy(self, payload: Bytes, selection: Selection | None = None) -> Bytes:
+        """A copy of a payload, or an image of the part that is selected.
+
+        Raises:
+            SelectionError: the payload does not have that part.
+            PayloadTooLargeError: there is no memory for the copy.
+        """
+        if selection is None:
+            copy = self.allocate(payload.nbytes)
+            np.copyto(copy, payload)
+            return copy
+        part = part_of(payload, selection)
+        copy = self.allocate(part.nbytes)
+        part.write(payload, copy)
+        return copy
 
     @property
     def free_bytes(self) -> int:

@@ -12,16 +12,23 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from dray.errors import BufferClosedError, OutOfResources, PayloadError, SlotError, StaleSlotError, TransportError
+from dray.errors import (
+    BufferClosedError,
+    OutOfResources,
+    PayloadError,
+    SelectionError,
+    SlotError,
+    StaleSlotError,
+    TransportError,
+)
 from dray.exclusive import Exclusive
-from dray.protocol.frames import Flag, Frame, Kind, Outgoing, Status, parse
+from dray.protocol.frames import Flag, Kind, Outgoing, Status
 from dray.protocol.handshake import AttachRequest, Verdict, WelcomeFlag
 from dray.protocol.server_session import (
     MAX_INLINE_BYTES,
     NO_BYTES,
     Acknowledgement,
     Established,
-    Event,
     Refused,
     ServerSession,
     Violation,
@@ -31,8 +38,9 @@ from dray.ring import Lease
 from dray.ring.consumer_events import Descriptor
 from dray.ring.direct import Attached, kernel_digest
 from dray.ring.shared_words import SharedWords
-from dray.transport import trace as traced
 from dray.transport.lanes.base import Stream
+from dray.transport.served_parts import PreparedPart
+from dray.transport.served_trace import ServedTrace
 from dray.transport.server_statistics import COUNTED, LeaseInfo
 from dray.transport.service import Service, Subscriber
 
@@ -43,7 +51,7 @@ COPY_WEIGHT = 32
 """An inline payload counts this many times its size in a batch: until it is sent, it is in memory twice."""
 
 REQUEST_WEIGHT = BATCH_BYTES >> 10
-"""The minimum that an answer counts in a batch. STAT costs the most and counts as a whole batch."""
+"""The minimum that an answer counts in a batch. STAT and a READ with a body count as a whole batch."""
 
 LINGER_SECONDS = 1.0
 """The client of a connection that is `lingering` must close it within this time."""
@@ -100,7 +108,7 @@ class ServedConnection:
             stream.lane, service.identity, secret=service.secret, newest=service.newest, direct=service.direct
         )
         self.counts = dict.fromkeys(COUNTED, 0)
-        self.active = self._progressed = self._accepted_at = service.clock.now()
+        self.active = self._progressed = service.clock.now()
         self.announced = False
         self.lingering = False
         self.unsent = False
@@ -108,14 +116,16 @@ class ServedConnection:
         self._service = service
         self._ring = service.ring
         self._checksum = service.checksum if stream.lane.in_band else None
-        self._trace = service.trace
+        self._trace: ServedTrace | None = None
+        if service.trace is not None:
+            self._trace = ServedTrace(service.trace, service.clock, endpoint, stream.lane, number=id(self))
         self._leases: dict[int, Lease] = {}
+        self._preparing: PreparedPart | None = None  # the answer to the oldest request
         self._max_leases = service.identity.max_leases
         self._attached: Attached | None = None
         self.direct = False
         self._subscribing = False
         self._words: SharedWords | None = None
-        self._leaving: list[traced.Payload] = []
         self._progress: object = None
         self.subscriber: Subscriber | None = None
         self._pushed = pushed
@@ -136,9 +146,9 @@ class ServedConnection:
         received = [Descriptor(descriptors.pop, 0) for _ in range(len(descriptors))] if descriptors else ()
         known = len(session.requests)
         events = session.receive(messages)
-        self.active = now = self._service.clock.now()
+        self.active = self._service.clock.now()
         if self._trace is not None:
-            self._trace_received(events, known, now)
+            self._trace.received(events, list(session.requests)[known:])
         consumed: list[tuple[int, int, int]] = []
         try:
             for event in events:
@@ -192,7 +202,7 @@ class ServedConnection:
         weight = 0
         while requests and weight < BATCH_BYTES:
             request = requests[0]
-            kind, _, _, inline, _, _, _, _, _, _, _, _ = request
+            kind, _, _, flags, _, _, _, _, _, _, _, _ = request
             try:
                 if kind != _READ:
                     if kind == _CONSUME:
@@ -208,15 +218,17 @@ class ServedConnection:
                     else:
                         session.answer(self._service.describe())
                         weight += BATCH_BYTES
-                elif inline:  # the one flag of a READ
+                elif not flags:
+                    weight += self._grant(request)
+                elif flags & Flag.INLINE:
                     weight += self._copy()
                 else:
-                    weight += self._grant(request)
+                    weight += self._grant_part(request)
             except BufferClosedError as error:
                 session.fail_all(str(error))
         outgoing = session.pop_outgoing()
-        if waiting is not None:
-            self._trace_answers(waiting[: len(waiting) - len(requests)], outgoing)
+        if waiting is not None and self._trace is not None:
+            self._trace.answered(waiting[: len(waiting) - len(requests)], outgoing)
         return outgoing
 
     def flushed(self) -> None:
@@ -232,28 +244,21 @@ class ServedConnection:
                 self._words = None
             self._subscribing = False
             self.subscriber.start()
-        if self._leaving:
-            assert self._trace is not None
-            now = self._service.clock.now()
-            for payload in self._leaving:
-                self._trace(payload._replace(at=now))
-            self._leaving.clear()
+        if self._trace is not None:
+            self._trace.flushed()
 
     def close(self) -> None:
         """Release every lease. The stream must be `drained`: it must read no slot any more. Twice is fine."""
         if self.session.unproven and not self.session.closing:
             self.counts["auth_failures"] += 1
         self.session.close()
+        self._preparing = None
         self.end_subscription()
         leases, self._leases = self._leases, {}
         for lease in leases.values():
             lease.release()
             if self._trace is not None:
-                now = self._service.clock.now()
-                ended = traced.Acknowledgement(
-                    now, self.endpoint, lease.slot, lease.sequence, lease.reader, False, id(self)
-                )
-                self._trace(ended)
+                self._trace.released((lease.slot, lease.sequence, lease.reader))
 
     # --- direct leases ----------------------------------------------------------------------------------------
 
@@ -386,6 +391,11 @@ class ServedConnection:
         return self.session.busy or self.ending or bool(self._leases or self._pushes or self.unsent)
 
     @property
+    def preparing(self) -> bool:
+        """The next answer is being prepared; `answer` continues with that."""
+        return self._preparing is not None
+
+    @property
     def leased(self) -> int:
         """Leases that the connection holds."""
         return len(self._leases)
@@ -431,31 +441,41 @@ class ServedConnection:
 
     # --- answers to the oldest request; each returns what it counts in a batch ----------------------------------
 
-    def _grant(self, request: tuple[int, ...]) -> int:
-        """Answer a READ with a lease."""
-        session = self.session
-        refusal = session.refusal()
+    def _lease(self, request: tuple[int, ...]) -> Lease | None:
+        """The lease that a READ asks for; None if it was answered otherwise."""
+        refusal = self.session.refusal()
         if refusal is not None:
-            return self._refuse(refusal)
+            self._refuse(refusal)
+            return None
         _, _, reader, _, slot, number, sequence, size, _, _, _, _ = request
         try:
             lease = self._ring.read_raw(slot, sequence, reader)
         except StaleSlotError:
-            return self._refuse(Status.STALE)
+            self._refuse(Status.STALE)
+            return None
         except BufferClosedError:
             raise
         except SlotError as error:
-            return self._fail(str(error))
-        nbytes = lease.nbytes
-        if size and size != nbytes:
+            self._fail(str(error))
+            return None
+        if size and size != lease.nbytes:
             lease.release()
-            return self._fail(_other_size(size, nbytes))
+            self._fail(_other_size(size, lease.nbytes))
+            return None
         self._leases[number] = lease
+        return lease
+
+    def _grant(self, request: tuple[int, ...]) -> int:
+        """Answer a READ with a lease."""
+        lease = self._lease(request)
+        if lease is None:
+            return REQUEST_WEIGHT
+        session, nbytes = self.session, lease.nbytes
         if self.stream.lane.in_band:
             # Before STATUS(OK) is final: another thread may close the ring at any moment.
             view = lease.buffer if nbytes else NO_BYTES
             if self._checksum is not None and nbytes:
-                checksum = self._ring.checksum(slot, sequence, self._checksum)
+                checksum = self._ring.checksum(lease.slot, lease.sequence, self._checksum)
                 session.grant(view, nbytes, lease.offset, flags=Flag.CHECKSUM, checksum=checksum)
             else:
                 session.grant(view, nbytes, lease.offset)
@@ -467,13 +487,34 @@ class ServedConnection:
         self.counts["bytes"] += nbytes
         return weight
 
+    def _grant_part(self, request: tuple[int, ...]) -> int:
+        """Answer a READ with a body, or prepare the answer in steps: one at a time, however many there are."""
+        session, part = self.session, self._preparing
+        if part is None:
+            lease = self._lease(request)
+            if lease is None:
+                return BATCH_BYTES
+            try:
+                part = PreparedPart(lease.buffer, session.body, checksum=self._checksum is not None)
+            except SelectionError as error:
+                self._leases.pop(request[5]).release()
+                self._fail(error.message, Status.UNSELECTABLE)
+                return BATCH_BYTES
+        self._preparing = None if part.advance() else part
+        if self._preparing is None:
+            flags, checksum = (0, 0) if part.checksum is None else (Flag.CHECKSUM, part.checksum)
+            session.grant_part(part.views, part.nbytes, flags=flags, checksum=checksum)
+            self.counts["reads"] += 1
+            self.counts["bytes"] += part.nbytes
+        return BATCH_BYTES
+
     def _copy(self) -> int:
         """Answer the inline READs that are due with copies, which need no lease."""
         requests, compute, send = self.session.requests, self._checksum, self.session.copy
         wanted, sizes = [], []
         weight = 0
-        for kind, _, reader, inline, slot, _, sequence, size, _, _, _, _ in requests:
-            if weight >= BATCH_BYTES or kind != _READ or not inline:
+        for kind, _, reader, flags, slot, _, sequence, size, _, _, _, _ in requests:
+            if weight >= BATCH_BYTES or kind != _READ or flags != Flag.INLINE:
                 break
             wanted.append((slot, sequence, reader))
             sizes.append(size)
@@ -528,45 +569,14 @@ class ServedConnection:
         self.session.refuse(status)
         return REQUEST_WEIGHT
 
-    def _fail(self, text: str) -> int:
+    def _fail(self, text: str, status: Status = Status.ERROR) -> int:
         self.counts["error"] += 1
-        self.session.fail(text)
+        self.session.fail(text, status)
         return REQUEST_WEIGHT
 
     def _is_known(self, payload: tuple[int, int, int]) -> bool:
         slot, _, reader = payload
         return slot < self._ring.slots and reader < self._ring.readers
-
-    # --- the trace --------------------------------------------------------------------------------------------
-
-    def _trace_received(self, events: list[Event], known: int, now: float) -> None:
-        assert self._trace is not None
-        endpoint = self.endpoint
-        for event in events:
-            if isinstance(event, Established):
-                self._trace(traced.Connect(now, endpoint, now - self._accepted_at, event.version, id(self)))
-            elif isinstance(event, Acknowledgement):
-                self._trace(traced.Acknowledgement(now, endpoint, *event.payload, event.consumed, id(self)))
-        for request in list(self.session.requests)[known:]:
-            kind, _, reader, _, slot, _, sequence, *_ = request
-            self._trace(traced.Request(now, endpoint, Kind(kind), slot, sequence, reader, id(self)))
-
-    def _trace_answers(self, answered: list[tuple[int, ...]], outgoing: list[Outgoing]) -> None:
-        assert self._trace is not None
-        now, endpoint = self._service.clock.now(), self.endpoint
-        messages = (item for item in outgoing if isinstance(item, bytes))
-        for request in map(Frame._make, answered):
-            message = next(messages, None)
-            if message is None:  # the ring is closed: the others have no answer
-                break
-            status = parse(message)
-            kind, slot, sequence = Kind(request.kind), request.slot, request.sequence
-            self._trace(traced.Status(now, endpoint, kind, slot, sequence, Status(status.status), id(self)))
-            sent = request.kind == _READ and status.status == Status.OK
-            if status.flags & Flag.TEXT or (sent and request.flags):
-                next(messages)  # the text, or an inline payload
-            if sent and (request.flags or self.stream.lane.in_band):
-                self._leaving.append(traced.Payload(now, endpoint, slot, sequence, status.nbytes, id(self)))
 
 
 _NO_STREAM = "this server has no stream: its payloads are read by reference"

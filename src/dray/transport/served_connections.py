@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dray.admission import UNPROVEN_CLOSED, UNPROVEN_SECONDS, LineLimit, Unproven
 from dray.clock import Deadline
 from dray.errors import BufferClosedError, ConnectionClosed, DrayError, ProtocolError, TransportError
+from dray.protocol.frames import MAX_BODY_BYTES
 from dray.transport.lanes.base import Stream
 from dray.transport.served_connection import LINGER_SECONDS, PROGRESS_CHECKS, ServedConnection
 from dray.transport.server_statistics import COUNTED, LeaseInfo
@@ -114,7 +115,8 @@ class ServedConnections:
                 descriptors: list[int] = []
                 if session.expects_descriptor:
                     messages = stream.receive_with_descriptors(session.expects, descriptors)
-                elif len(session.requests) < MAX_MESSAGES:  # more of them stay in the connection
+                elif len(session.requests) < MAX_MESSAGES and session.body_bytes < MAX_BODY_BYTES:
+                    # More of them stay in the connection.
                     messages = stream.receive(session.expects, MAX_MESSAGES if session.established else 1)
                 if connection.lingering:
                     for descriptor in descriptors:
@@ -136,6 +138,10 @@ class ServedConnections:
                         connection.unsent = True
                         continue
                     connection.flushed()
+                    if now() >= turn_ends:
+                        unfinished = True
+                        break
+                elif connection.preparing:
                     if now() >= turn_ends:
                         unfinished = True
                         break

@@ -22,7 +22,7 @@ class ServerCounters:
     Attributes:
         connections: connections accepted.
         reads: payloads sent, or leased in place.
-        bytes: their size.
+        bytes: their size; of a part of a payload, that of the part.
         acks_consumed: reads whose reader has consumed the payload.
         acks_returned: reads whose reader has released the payload.
         late_acks: acknowledgements whose read was not known (any more); a payload that they consume is consumed.
@@ -31,7 +31,7 @@ class ServerCounters:
         stale: READs answered STALE.
         busy: READs answered BUSY.
         denied: READs answered DENIED.
-        error: READs answered ERROR.
+        error: READs answered ERROR or UNSELECTABLE.
         malformed: connections closed because the client broke the protocol.
         other_versions: connections refused because the client offered a version that this server does not speak.
         failed_connections: connections that failed.

@@ -32,7 +32,7 @@ def test_unknown_kinds_are_refused(kind: int) -> None:
         parse(Frame(kind).pack())
 
 
-@pytest.mark.parametrize("status", [5, 255])
+@pytest.mark.parametrize("status", [6, 255])
 def test_unknown_status_codes_are_refused(status: int) -> None:
     with pytest.raises(ProtocolError, match=f"status {status}"):
         parse(Frame(Kind.STATUS, status).pack())

@@ -107,7 +107,7 @@ def test_hand_outs_and_deliveries_are_counted_from_1(fields: dict[str, int]) -> 
         ({"kind": Kind.RETURN, "flags": 16}, "unknown flags 0x10 in a RETURN frame"),
         ({"kind": Kind.GIVE, "flags": 4}, "unknown flags 0x4 in a GIVE frame"),
         ({"kind": Kind.END, "flags": 2}, "unknown flags 0x2 in a END frame"),
-        ({"kind": Kind.END, "status": 5}, "unknown status 5"),
+        ({"kind": Kind.END, "status": 6}, "unknown status 6"),
     ],
 )
 def test_frames_with_unknown_parts_are_refused(

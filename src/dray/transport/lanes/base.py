@@ -48,7 +48,8 @@ class Stream(Closing):
         lane: the lane of the connection.
         worker: what must make progress for this stream to advance; None where the kernel does that.
         peer_pid: the process at the other end, where the lane reports it; else None.
-        expected: one entry for each payload that `expect` announced and `payload_arrived` has not reported.
+        expected: one entry for each payload, or message of one, that `expect` or `expect_reserved` announced and
+            `payload_arrived` has not reported.
         filled: bytes at the beginning of the oldest such payload that have arrived, on lanes that report it.
     """
 
@@ -107,8 +108,19 @@ class Stream(Closing):
         """Set the memory for the payload of the next request; returns the tag for that request, or 0."""
 
     @abc.abstractmethod
+    def reserve(self) -> int:
+        """The tag, or 0, for the next request, whose payload has a size that is not known yet."""
+
+    @abc.abstractmethod
+    def expect_reserved(self, targets: Sequence[memoryview]) -> None:
+        """Set the memory for the messages of the payload of the oldest `reserve`; without any, none comes."""
+
+    @abc.abstractmethod
     def payload_arrived(self, nbytes: int) -> bool:
-        """True if the oldest expected payload is complete; `nbytes` is the size in STATUS, 0 for no payload."""
+        """True if the oldest expected payload is complete, or its oldest message.
+
+        `nbytes` is its size according to the server, 0 for no payload.
+        """
 
     def progress(self) -> object:
         """A value that changes while bytes travel in either direction, as far as this end can observe that."""

@@ -161,6 +161,12 @@ class SocketStream(Stream):
         self.expected.append(target)
         return 0
 
+    def reserve(self) -> int:
+        return 0
+
+    def expect_reserved(self, targets: Sequence[memoryview]) -> None:
+        self.expected += targets
+
     def payload_arrived(self, nbytes: int) -> bool:
         target = self.expected[0]
         if nbytes:

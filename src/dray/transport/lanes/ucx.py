@@ -90,6 +90,7 @@ class UcxStream(Stream):
         self._unsent: list[Outgoing] = []
         self._sends: list[tuple[Any, Any]] = []
         self.expected: deque[tuple[Any, memoryview, int]] = deque()
+        self._reserved: deque[int] = deque()
         self._awaited = _Awaited.MESSAGE
         self._abandoned: list[Abandoned] = []
         self._preamble: tuple[Any, bytearray] | None = None
@@ -157,6 +158,20 @@ class UcxStream(Stream):
         self.expected.append((request, memory, tag))
         return tag
 
+    def reserve(self) -> int:
+        self._check_open()
+        tag = self.worker.next_tag()
+        self.worker.awaited.add(tag)  # its messages may arrive before their receives are posted
+        self._reserved.append(tag)
+        return tag
+
+    def expect_reserved(self, targets: Sequence[memoryview]) -> None:
+        self._check_open()
+        tag = self._reserved[0]
+        for target in targets:  # they are matched in the order in which they are posted
+            self.expected.append((self._post("tag_recv", target, self.worker.ucx.UCXXTag(tag)), target, tag))
+        self.worker.awaited.discard(self._reserved.popleft())
+
     def payload_arrived(self, nbytes: int) -> bool:
         request, memory, _ = self.expected[0]
         if nbytes and nbytes != memory.nbytes:
@@ -179,7 +194,7 @@ class UcxStream(Stream):
         if self._endpoint is None:
             return
         self.closed = True
-        self.worker.awaited.discard(self.tag)
+        self.worker.awaited -= {self.tag, *self._reserved}
         requests = [*self._sends, *((request, memory) for request, memory, _ in self.expected)]
         if self._incoming is not None:
             request, memory, _ = self._incoming
@@ -187,10 +202,11 @@ class UcxStream(Stream):
         if self._preamble is not None:
             requests.append(self._preamble)
         self._abandoned = self.worker.close_endpoint(self._endpoint, requests)
-        for tag in (self.tag, *(tag for _, _, tag in self.expected)):
+        for tag in {self.tag, *self._reserved, *(tag for _, _, tag in self.expected)}:
             self.worker.discard(self.worker.ucx.UCXXTag(tag))
         self._sends, self._unsent, self._incoming, self._preamble = [], [], None, None
         self.expected.clear()
+        self._reserved.clear()
         self._endpoint = None  # an endpoint keeps its worker alive
 
     @property
