@@ -182,12 +182,12 @@ DEFECTS = (
         "lease word cleared before the copy",
         "transport/client.py",
         """\
-        payload = unpack_as(self._direct.copy(lease))
+        payload = unpack_as(self._direct.copy(lease, selection))
         self._direct.end(lease, consume)
 """,
         """\
         self._direct.end(lease, consume)
-        payload = unpack_as(self._direct.copy(lease))
+        payload = unpack_as(self._direct.copy(lease, selection))
 """,
         Search.SIMULATION,
     ),
