@@ -387,8 +387,8 @@ class SlotTable:
 
     def _drop_oldest(self) -> None:
         """Free the oldest READY payload, if there is one. Walks past older ones that are in use."""
-        slot = next((slot for slot in self.live.values() if slot.state is _READY), None) if self.ready else None
-        if slot is not None:
+        if self.ready:
+            slot = next(slot for slot in self.live.values() if slot.state is _READY)
             self._learn(slot, range(self._readers))  # from consumers that ended after the board was read
             if not slot.retired:
                 self._drop(slot)
