@@ -264,7 +264,10 @@ class _Flattening:
 
     def _number(self, value: float, path: _Path) -> str:
         kind = type(value)
-        self.leaves.append(_integers(value, path) if kind is int else np.array(value))
+        array = _integers(value) if kind is int else np.array(value)
+        if array is None:
+            raise _refusal(path, "is an integer that does not fit into 64 bits")
+        self.leaves.append(array)
         return _NUMBERS[kind]
 
     def _sequence(self, value: Any, path: _Path, depth: int) -> Node:
@@ -276,8 +279,8 @@ class _Flattening:
                 self.leaves.append(np.frombuffer(b"".join(texts), np.uint8))
                 self.leaves.append(_offsets(texts))
                 return "S"
-            if kind in _NUMBERS:
-                self.leaves.append(_integers(value, path) if kind is int else np.array(value))
+            if kind in _NUMBERS and (array := _integers(value) if kind is int else np.array(value)) is not None:
+                self.leaves.append(array)
                 return _NUMBERS[kind].upper()
         self.enter(value, path, depth)
         nodes = tuple([self.nested(each, (index, path), depth + 1) for index, each in enumerate(value)])
@@ -308,14 +311,14 @@ def _checked_keys(value: Mapping[Any, Any], path: _Path | None) -> tuple[str, ..
     return keys
 
 
-def _integers(value: object, path: _Path) -> Array:
-    """A scalar or an array of Python's integers."""
+def _integers(value: object) -> Array | None:
+    """A scalar or an array of Python's integers; None if they do not fit into one of the dtypes."""
     for dtype in (_I64, _U64):
         try:
             return np.array(value, dtype)
         except OverflowError:
             continue
-    raise _refusal(path, "has integers that do not fit into 64 bits together")
+    return None
 
 
 def _offsets(texts: list[bytes]) -> Array:

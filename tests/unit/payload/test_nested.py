@@ -29,6 +29,7 @@ SAMPLE = {
         "floats": [0.5, math.inf, -0.0],
         "flags": [True, False],
         "mixed": [1, 2.0, "three", None, [4]],
+        "wide": [-1, 2**63],
         "pair": (np.zeros((2, 3), np.float32), "second"),
         "empty": {},
         "none": [],
@@ -127,8 +128,8 @@ CYCLE.append(CYCLE)
     [
         ({1: 2}, "key 1 of field 'odd' is not text"),
         ({"x": {None: 2}}, "key None of field 'odd.x' is not text"),
-        ({"x": [2**64]}, "field 'odd.x' has integers that do not fit into 64 bits"),
-        ({"x": [-1, 2**63]}, "field 'odd.x' has integers that do not fit into 64 bits"),
+        ({"x": [2**64]}, "field 'odd.x.0' is an integer that does not fit into 64 bits"),
+        ({"x": -(2**63) - 1}, "field 'odd.x' is an integer that does not fit into 64 bits"),
         ({"x": Colour.RED}, "field 'odd.x' is a Colour, which would come back as another type"),
         ({"x": Pair(1, 2)}, "field 'odd.x' is a Pair, which would come back as another type"),
         ({"x": [Texts("a")]}, "field 'odd.x.0' is a Texts, which would come back as another type"),
