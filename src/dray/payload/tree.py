@@ -311,14 +311,12 @@ def _checked_keys(value: Mapping[Any, Any], path: _Path | None) -> tuple[str, ..
     return keys
 
 
-def _integers(value: object) -> Array | None:
+def _integers(value: int | list[int]) -> Array | None:
     """A scalar or an array of Python's integers; None if they do not fit into one of the dtypes."""
-    for dtype in (_I64, _U64):
-        try:
-            return np.array(value, dtype)
-        except OverflowError:
-            continue
-    return None
+    lowest, highest = (value, value) if isinstance(value, int) else (min(value), max(value))
+    if -(1 << 63) <= lowest and highest < 1 << 63:
+        return np.array(value, _I64)
+    return np.array(value, _U64) if lowest >= 0 and highest < 1 << 64 else None
 
 
 def _offsets(texts: list[bytes]) -> Array:
