@@ -314,7 +314,7 @@ def _checked_keys(value: Mapping[Any, Any], path: _Path | None) -> tuple[str, ..
 def _integers(value: int | list[int]) -> Array | None:
     """A scalar or an array of Python's integers; None if they do not fit into one of the dtypes."""
     lowest, highest = (value, value) if isinstance(value, int) else (min(value), max(value))
-    if -(1 << 63) <= lowest and highest < 1 << 63:
+    if lowest >= -(1 << 63) and highest < 1 << 63:
         return np.array(value, _I64)
     return np.array(value, _U64) if lowest >= 0 and highest < 1 << 64 else None
 
