@@ -264,7 +264,7 @@ class _Flattening:
 
     def _number(self, value: float, path: _Path) -> str:
         kind = type(value)
-        array = _integers(value) if kind is int else np.array(value)
+        array = _integers(int(value)) if kind is int else np.array(value)
         if array is None:
             raise _refusal(path, "is an integer that does not fit into 64 bits")
         self.leaves.append(array)
