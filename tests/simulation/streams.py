@@ -110,6 +110,8 @@ class SimulatedEpoll:
             held = self._kernel.sockets.get(number)
             if self.nudges is not None and number == self.nudges.number:
                 found.append(self.nudges)
+            elif held is not None and held.fileno() < 0:
+                self._watched.discard(number)  # as the kernel does with a descriptor that is closed
             elif held is not None:
                 assert not isinstance(
                     held, SimulatedListener | SimulatedEvents | SimulatedStreamBell | SimulatedWorker
