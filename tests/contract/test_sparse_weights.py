@@ -121,7 +121,7 @@ def test_one_that_comes_late_or_has_missed_a_version_gets_a_whole_one(remote: Ro
             assert_version(other, 5, arrays)
 
 
-def test_one_that_did_not_look_for_long_gets_a_whole_version(remote: Route) -> None:
+def test_one_that_did_not_receive_for_long_gets_a_whole_version(remote: Route) -> None:
     arrays = model(1000)
     with publisher_of(remote) as publisher, subscriber_of(remote) as subscriber:
         publisher.publish(arrays)
