@@ -94,7 +94,7 @@ def test_values_that_were_kept_do_not_change_with_later_versions(remote: Route) 
         assert kept[-1].copy()["F32"].flags.writeable
 
 
-def test_one_that_comes_late_or_has_missed_a_version_gets_a_whole_one(remote: Route) -> None:
+def test_g4_one_that_comes_late_or_has_missed_a_version_gets_a_whole_one(remote: Route) -> None:
     arrays = model(5000)
     with publisher_of(remote) as publisher, subscriber_of(remote) as early:
 
@@ -186,7 +186,7 @@ def test_what_is_no_smaller_as_a_delta_travels_whole(remote: Route) -> None:
         assert_version(found, 3, arrays)
 
 
-def test_a_base_that_the_program_has_written_to_costs_a_whole_version(
+def test_g4_a_base_that_the_program_has_written_to_costs_a_whole_version(
     remote: Route, caplog: pytest.LogCaptureFixture
 ) -> None:
     arrays = {"w": np.zeros(100_000, np.float32)}
@@ -248,7 +248,7 @@ def stop() -> Iterator[threading.Event]:
     event.set()
 
 
-def test_versions_that_come_faster_than_they_are_read_are_right(remote: Route, stop: threading.Event) -> None:
+def test_g3_versions_that_come_faster_than_they_are_read_are_right(remote: Route, stop: threading.Event) -> None:
     arrays = {"w": np.zeros(200_000, np.float32), "number": np.array(0)}
 
     def publish(publisher: Publisher) -> None:

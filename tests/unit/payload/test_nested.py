@@ -227,7 +227,7 @@ def test_an_image_made_by_hand_is_understood():
         ({"x": "r"}, {"x": ("F32", [], bytes(4)), "x\\offsets": ("I64", [1], bytes(8))}),
     ],
 )
-def test_a_description_that_does_not_fit_its_tensors_is_an_error(description, tensors):
+def test_g2_a_description_that_does_not_fit_its_tensors_is_an_error(description, tensors):
     with pytest.raises(PayloadFormatError):
         unpack(image_of(description, tensors))
 
