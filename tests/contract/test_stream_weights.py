@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from stream_fixtures import SECONDS, Route, forked, in_thread, route
 from waiting import wait_until
 
 from dray import Publisher, Subscriber
-from dray.errors import BufferClosedError, BufferFullError, ConfigError, StreamTimeout
+from dray.errors import BufferClosedError, BufferFullError, ConfigError, SelectionError, StreamTimeout
 
 __all__ = ["route"]
 
@@ -26,10 +27,10 @@ def publisher_of(route: Route, **options: object) -> Publisher:
     return publisher
 
 
-def subscriber_of(route: Route) -> Subscriber:
+def subscriber_of(route: Route, **part: Any) -> Subscriber:
     if route.by_name:
-        return Subscriber(route.name, scope=route.name, direct=route.in_place)
-    return Subscriber(route.addresses[-1], secret=route.secret)
+        return Subscriber(route.name, scope=route.name, direct=route.in_place, **part)
+    return Subscriber(route.addresses[-1], secret=route.secret, **part)
 
 
 def weights(version: int, size: int = 1000) -> dict[str, np.ndarray]:
@@ -239,3 +240,34 @@ def test_a_subscriber_can_be_pickled_and_closed_while_it_waits(route: Route) -> 
             subscriber.close()
             with pytest.raises(BufferClosedError):
                 newest()
+
+
+# --- parts of versions ------------------------------------------------------------------------------------------
+
+MODEL = {"q": np.arange(4000, dtype=np.float32).reshape(1000, 4), "k": np.zeros((3, 2)), "b": np.array(5)}
+
+
+@pytest.mark.parametrize("delta", ["full", "sparse"])
+@pytest.mark.parametrize("factor", [1, 100])
+def test_a_subscriber_may_want_a_part_of_each_version(route: Route, delta: str, factor: int) -> None:
+    model = {**MODEL, "q": np.repeat(MODEL["q"], factor, axis=0)}
+    middle = slice(250 * factor, 500 * factor)
+    with publisher_of(route, delta=delta) as publisher:
+        with subscriber_of(route, fields=("b", "q"), rows={"q": middle}) as subscriber:
+            for version in range(1, 4):
+                model["q"][300 * factor, 1] = version
+                publisher.publish(model)
+                found = subscriber.newest(after=version - 1, timeout=SECONDS)
+                assert (found.version, set(found)) == (version, {"q", "b"})
+                np.testing.assert_array_equal(found["q"], model["q"][middle])
+                assert found.in_place is route.in_place
+                if delta == "full" and not route.by_name:
+                    assert found.received_bytes == found["q"].nbytes + found["b"].nbytes
+                del found
+
+
+def test_a_part_that_a_version_does_not_have_is_an_error(route: Route) -> None:
+    with publisher_of(route) as publisher, subscriber_of(route, fields=("v",)) as subscriber:
+        publisher.publish(MODEL)
+        with pytest.raises(SelectionError, match="has no field 'v'"):
+            subscriber.newest(timeout=SECONDS)

@@ -560,6 +560,7 @@ class Inbox(Closing):
         place.source = source = Source(
             subscription, str(place), self._reads, client=self._client, release=self.release,
             clock=self._clock, pause=self._surroundings.pause, selection=self.wanted.selection,
+            deltas=place.deltas,
         )  # fmt: skip
         self._by_descriptor[subscription.fileno()] = place
         self._epoll.register(subscription.fileno(), select.EPOLLIN)

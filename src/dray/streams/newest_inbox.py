@@ -8,7 +8,8 @@ from typing import Final, NamedTuple
 
 from dray.clock import Deadline
 from dray.errors import PayloadFormatError, ProducerLostError, StaleSlotError, TransportError, TransportTimeout
-from dray.payload import unpack, unpack_metadata
+from dray.payload import Values, unpack, unpack_metadata
+from dray.payload.ragged import arrays_in
 from dray.protocol.streams import Given
 from dray.streams import sparse
 from dray.streams.inbox import Inbox
@@ -34,8 +35,19 @@ class Base(NamedTuple):
     image: Bytes
 
 
+class FetchedPart(NamedTuple):
+    """The part of a version that is wanted, which came over a connection."""
+
+    values: Values
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of arrays have travelled."""
+        return sum(array.nbytes for _, array in arrays_in(self.values))
+
+
 class Fetched(NamedTuple):
-    """A version that came over a connection.
+    """A whole version that came over a connection.
 
     Attributes:
         image: its bytes.
@@ -152,6 +164,8 @@ class NewestInbox(Inbox):
                     values, version=given.deliveries, publisher=source.producer,
                     in_place=True, delta=False, received_bytes=0,
                 )  # fmt: skip
+            if source.reads_parts:
+                return self._weights(source, given, _read_part_at_once(source, given, deadline))
             found = fetch(
                 lambda each: _read_at_once(source, each, deadline),
                 given, self._base_of(source), self._buffers.allocate,
@@ -162,9 +176,13 @@ class NewestInbox(Inbox):
             return None
         except TransportError:
             read, base, allocate = source.bytes_reader(), self._base_of(source), self._buffers.allocate
+            read_part = source.reader(given)
 
-            def run() -> Fetched | None:
+            def run() -> Fetched | FetchedPart | None:
                 try:
+                    if source.reads_parts:
+                        values = read_part()
+                        return None if values is None else FetchedPart(values)
                     return fetch(read, given, base, allocate)
                 except (StaleSlotError, ProducerLostError):
                     return None
@@ -176,14 +194,19 @@ class NewestInbox(Inbox):
     def _base_of(self, source: Source) -> Base | None:
         return self._base if self._base is not None and self._base.producer == source.producer else None
 
-    def _weights(self, source: Source, given: Given, found: Fetched) -> Weights:
+    def _weights(self, source: Source, given: Given, found: Fetched | FetchedPart) -> Weights:
         """The arrays of a version that has come; it is kept if a delta may follow."""
+        if isinstance(found, FetchedPart):
+            return Weights(
+                found.values, version=given.deliveries, publisher=source.producer,
+                in_place=False, delta=False, received_bytes=found.nbytes,
+            )  # fmt: skip
         image = found.image
         if self.wanted.endpoints and sparse.METADATA.items() <= unpack_metadata(image).items():
             image.flags.writeable = False
             self._base = Base(source.producer, given.deliveries, image)
         return Weights(
-            unpack(image), version=given.deliveries, publisher=source.producer,
+            unpack(image, selection=self.wanted.selection), version=given.deliveries, publisher=source.producer,
             in_place=False, delta=found.delta, received_bytes=found.nbytes,
         )  # fmt: skip
 
@@ -229,6 +252,15 @@ def _read_at_once(source: Source, given: Given, deadline: Deadline) -> Bytes:
     if given.nbytes > MAX_BYTES_AT_ONCE:
         raise TransportTimeout(f"{given.nbytes} bytes are read in a thread")
     return source.read_bytes(given, deadline)
+
+
+def _read_part_at_once(source: Source, given: Given, deadline: Deadline) -> FetchedPart:
+    if given.nbytes > MAX_BYTES_AT_ONCE:
+        raise TransportTimeout(f"part of {given.nbytes} bytes is read in a thread")
+    found = source.read(given, deadline)
+    if found is None:
+        raise StaleSlotError(f"version {given.deliveries} is gone")
+    return FetchedPart(found[0])
 
 
 def _is_newer(source: Source, given: Given, after: int | Weights | None) -> bool:

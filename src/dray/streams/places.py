@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from dray.clock import Clock, Deadline
 from dray.errors import (
@@ -62,6 +62,7 @@ class Place:
         ended: the producer there has closed its stream.
         refused: no process listens there.
         failed: the connection to it has failed, and there was no other one since.
+        deltas: it is a publisher whose announcements may be of deltas.
         source: the producer, while it is attached.
     """
 
@@ -75,6 +76,7 @@ class Place:
     ended: bool = False
     refused: bool = False
     failed: bool = False
+    deltas: bool = False
     source: Source | None = field(default=None, repr=False)
 
     @property
@@ -222,10 +224,14 @@ class Places(Closing):
             network=self._network,
             producer=ANY_PRODUCER if place.peer is None else place.producer,
             reader=place.reader,
-            choose=lambda about: self._wanted.reader_of(about["groups"], place, about.get("schema")),
+            choose=lambda about: self._choose(place, about),
             secret=self._wanted.secret,
             direct=self._wanted.direct,
         )
+
+    def _choose(self, place: Place, about: Mapping[str, Any]) -> int:
+        place.deltas = about.get("delta") == "sparse"
+        return self._wanted.reader_of(about["groups"], place, about.get("schema"))
 
     def _connect(self, place: Place, opened: Callable[[], Subscription]) -> None:
         try:

@@ -48,11 +48,13 @@ class Source(Closing):
         clock: where time comes from.
         pause: waits between two requests.
         selection: the part of each payload that is wanted; None for all.
+        deltas: what it announces may be deltas, which have no parts.
 
     Attributes:
         received: payloads that it has given so far, without those that went back at once: until the producer has
             taken note of that, it gives no later one.
         producer: its id.
+        reads_parts: a part of each payload is wanted, and can be read alone.
         draining: it puts nothing more, and nothing waits there.
         copies: payloads that were copied because arrays of others are kept.
         gone: payloads that were dropped, or taken back, before they were begun.
@@ -69,6 +71,7 @@ class Source(Closing):
         clock: Clock,
         pause: Callable[[float], None],
         selection: Selection | None = None,
+        deltas: bool = False,
     ) -> None:
         self.release = release
         self.subscription = subscription
@@ -82,6 +85,7 @@ class Source(Closing):
         self._clock = clock
         self._pause = pause
         self._selection = selection
+        self.reads_parts = selection is not None and not deltas
         self._selected = {} if selection is None else selection.arguments
         self._attachment: Attachment | None = subscription.attachment
         self._quiet: DirectLease | None = None  # the last one that was acknowledged without waking the producer

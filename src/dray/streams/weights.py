@@ -16,6 +16,7 @@ from dray.errors import BufferClosedError, BufferFullError, ConfigError, StaleSl
 from dray.exclusive import Exclusive
 from dray.forking import here
 from dray.payload.codec import plan
+from dray.payload.selection import Fields, Rows, Selection
 from dray.protocol.handshake import check_secret
 from dray.resources import Closing
 from dray.ring import SharedRingBuffer
@@ -109,6 +110,7 @@ class Publisher(Closing):
                 "groups": [GROUP],
                 "pid": os.getpid(),
                 "command": command_line(),
+                "delta": delta,
             }
             self._service = _Service(ring, about, self._newest)
             self._server = opened.enter_context(
@@ -229,13 +231,24 @@ class Subscriber(Closing):
         secret: the secret of the publisher at an address.
         scope: where the name is known; see `dray.streams.registry.default_scope`.
         direct: use versions in the memory of a publisher on this host where that is possible.
+        fields, rows: the part of each version that is wanted, as for `PayloadClient.read`, such as the rows of a
+            tensor-parallel rank. In place it is views; from another host only this part travels, unless the
+            publisher has ``delta="sparse"``.
 
     Raises:
         ConfigError: an argument is not allowed.
+        SelectionError: no version can have such a part.
     """
 
     def __init__(
-        self, stream: str, *, secret: bytes | None = None, scope: str | None = None, direct: bool = True
+        self,
+        stream: str,
+        *,
+        secret: bytes | None = None,
+        scope: str | None = None,
+        direct: bool = True,
+        fields: Fields | None = None,
+        rows: Rows | None = None,
     ) -> None:
         check_secret(secret)
         name, scope, endpoints = find_stream(stream, scope)
@@ -246,6 +259,7 @@ class Subscriber(Closing):
             group=GROUP,
             secret=secret,
             direct=direct,
+            selection=Selection.of(fields, rows),
         )
         self._reset()
 
@@ -266,6 +280,7 @@ class Subscriber(Closing):
         Raises:
             StreamTimeout: none came in time; the message states what was waited for.
             TransportError: a version could not be read in time.
+            SelectionError: the version does not have the part that is wanted.
         """
         deadline = Deadline.after(timeout)
         report = Report(MONOTONIC)
