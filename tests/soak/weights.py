@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import secrets
 import signal
 import subprocess
@@ -26,6 +27,8 @@ import typer
 
 from dray import Publisher, Subscriber
 from dray.errors import BufferFullError
+
+TESTS: Final = Path(__file__).parents[1]
 
 SHARES: Final = (0.001, 0.02, 0.0, 0.1, 0.5, 0.01)
 """How many of the elements change from one version to the next, in turn."""
@@ -154,7 +157,14 @@ class Member:
         self._printed = threading.Condition()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         command = [sys.executable, "-m", "soak.weights", "subscribe", *arguments, str(step), str(last)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._errors, text=True)
+        paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
         self._ended = False
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
