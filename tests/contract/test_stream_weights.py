@@ -57,8 +57,10 @@ def test_a_version_is_never_a_mixture_however_fast_they_come(route: Route) -> No
     stop = threading.Event()
 
     def publish(publisher: Publisher) -> int:
+        # A read over a connection takes several milliseconds. Without any pause, thousands of versions come while
+        # this process, which has both ends, lets the thread of the server run: it is luck then which one is there.
         version = 0
-        while not stop.is_set():
+        while not stop.wait(0.0005):
             version = publisher.publish(weights(version + 1), timeout=SECONDS)
         return version
 

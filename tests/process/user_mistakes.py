@@ -125,8 +125,8 @@ MISTAKES = [
     rollout("{'x': np.array(['2026-01-01'], 'datetime64[D]')}", "field 'x'", "datetime64[D]"),
     rollout("{'x': np.zeros(3, [('a', 'i4'), ('b', 'f4')])}", "field 'x'", "'a'"),
     rollout("{'x': np.ma.masked_less(np.arange(4.0), 2)}", "field 'x'", "masked array"),
-    rollout("{'x': {'y': np.ones(3)}}", "field 'x'", "a dict"),
-    rollout("{'x': None}", "field 'x'", "None"),
+    rollout("{'x': {1: np.ones(3)}}", "key 1 of field 'x'", "not text"),
+    rollout("{'x': {'y': {1, 2}}}", "field 'x.y'", "a set"),
     rollout(
         "{'x': np.ones(131072)}", "a payload of 1,048,704 bytes", "rollout.slot_bytes = 4096", "at least 1048704"
     ),
@@ -145,7 +145,7 @@ MISTAKES = [
     weights("[np.ones(3)]", "returned a list", "a mapping of names to arrays"),
     weights("{}", "returned an empty mapping", "at least one array"),
     weights("{'w': np.array([None])}", "field 'w'", "object"),
-    weights("{'w': {'layer': np.ones(3)}}", "field 'w'", "a dict"),
+    weights("{'w': {'layer': {1, 2}}}", "field 'w.layer'", "a set"),
     weights("{'w': np.ones(8 + 10_000 * self.steps)}", "bytes", "the first weights"),
     replace(
         weights("None", "returned None"),

@@ -61,7 +61,8 @@ class BatchReader(Closing):
         consume: free payloads that `collect` and `result` hand out. False leaves that to the caller, and `collect`
             keeps no results for `result`.
         free_attempts, free_pause: requests to free the same payloads, and the seconds between two of them.
-        fields, rows: the part of each payload that is wanted, as for `PayloadClient.read`.
+        fields: those of each payload that are wanted, as for `PayloadClient.read`.
+        rows: the rows of them, likewise.
         clock, threading: sources of the time, and of locks and threads.
 
     Raises:

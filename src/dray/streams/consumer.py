@@ -73,8 +73,9 @@ class Consumer(Closing):
         prefetch: payloads that may lie here and were not handed to the program yet, 0 … 4096. With 0, producers
             give a payload only while the program waits for it.
         schema: what payloads must match; a producer with another schema is an error.
-        fields, rows: the part of each payload that is wanted, as for `PayloadClient.read`: from another host, only
-            that part travels. A payload without it is an error of the call that would get it, and is given back.
+        fields: those of each payload that are wanted, as for `PayloadClient.read`.
+        rows: the rows of them, likewise. From another host, only this part travels. A payload without it is an
+            error of the call that would get it, and is given back.
         secret: the secret of the producers at addresses.
         scope: where the name is known; see `dray.streams.registry.default_scope`.
         direct: use payloads in the memory of producers on this host where that is possible.

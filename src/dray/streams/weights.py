@@ -231,9 +231,9 @@ class Subscriber(Closing):
         secret: the secret of the publisher at an address.
         scope: where the name is known; see `dray.streams.registry.default_scope`.
         direct: use versions in the memory of a publisher on this host where that is possible.
-        fields, rows: the part of each version that is wanted, as for `PayloadClient.read`, such as the rows of a
-            tensor-parallel rank. In place it is views; from another host only this part travels, unless the
-            publisher has ``delta="sparse"``.
+        fields: those of each version that are wanted, as for `PayloadClient.read`.
+        rows: the rows of them, likewise, such as those of a tensor-parallel rank. In place this part is views;
+            from another host only this part travels, unless the publisher has ``delta="sparse"``.
 
     Raises:
         ConfigError: an argument is not allowed.

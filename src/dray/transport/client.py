@@ -221,7 +221,8 @@ class PayloadClient(Closing):
         Args:
             ref: what to lease.
             timeout: seconds until the payload is leased; None for no limit.
-            fields, rows: the part that is wanted, as for `read`. Several ranges of rows of one array are a copy.
+            fields: those that are wanted, as for `read`.
+            rows: the rows of them, likewise. Several ranges of rows of one array are a copy.
 
         Raises:
             DrayError: the payload cannot be leased, with the types of `read`; by this call or when the block is
@@ -261,7 +262,8 @@ class PayloadClient(Closing):
             in_place: only with ``consume=False``. Payloads of 64 KiB or more whose producers are on this host
                 come without a copy where that is possible, as read-only arrays in their slots. The slot of one
                 stays leased until its last array is gone.
-            fields, rows: the part of each payload that is wanted, as for `read`.
+            fields: those of each payload that are wanted, as for `read`.
+            rows: the rows of them, likewise.
 
         Raises:
             DrayError: a payload cannot be read; the types are those of `read`.
