@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -24,6 +24,7 @@ from typing import Annotated, Any, Final
 import ml_dtypes
 import numpy as np
 import typer
+from waiting import holds_within
 
 from dray import Publisher, Subscriber
 from dray.errors import BufferFullError
@@ -234,7 +235,7 @@ def run(plan: Plan) -> Result:
         members = [start(f"near {index}") for index in range(plan.near)]
         members += [start(f"far {index}", step) for index, step in enumerate(steps)]
         paced = members[plan.near]
-        _wait(lambda: publisher.subscribers == len(members), members)
+        _wait_for_subscribers(publisher, members)
         stopped: list[Member] = []
         for number in range(1, plan.versions + 1):
             if plan.late and number == plan.versions // 2:
@@ -294,12 +295,13 @@ def memfd_bytes() -> int:
     return total
 
 
-def _wait(condition: Callable[[], bool], members: Sequence[Member]) -> None:
-    until = time.monotonic() + LIMIT_SECONDS
-    while not condition():
-        if time.monotonic() > until or any(member.process.poll() is not None for member in members):
-            raise RuntimeError("a subscriber has ended, or has not come")
-        time.sleep(0.01)
+def _wait_for_subscribers(publisher: Publisher, members: Sequence[Member]) -> None:
+    def settled() -> bool:
+        ended = any(member.process.poll() is not None for member in members)
+        return ended or publisher.subscribers == len(members)
+
+    if not holds_within(LIMIT_SECONDS, settled) or publisher.subscribers != len(members):
+        raise RuntimeError("a subscriber has ended, or has not come")
 
 
 # --- the command ------------------------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ def _parse(text: bytes) -> Header:
     if text[:1] != b"{":
         raise PayloadFormatError("the header is not a JSON object")
     try:
-        content = _from_json(text.decode())
+        content = from_json(text.decode())
         # A lone surrogate can be written as an escape, but a name that holds one could not be packed again.
         "".join(content).encode()
     except (ValueError, RecursionError) as error:
@@ -287,4 +287,5 @@ def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
 
 
-_from_json = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant).decode
+from_json = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant).decode
+"""Reads JSON that is not trusted: a key that appears twice, or a constant such as NaN, is a ValueError."""

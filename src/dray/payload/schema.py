@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import ml_dtypes
@@ -174,17 +174,13 @@ class RaggedSpec:
     max_rows: int | None = None
     max_values: int | None = None
     optional: bool = False
+    parts: tuple[TensorSpec, TensorSpec] = field(init=False, repr=False, compare=False)
+    """The specs of values and offsets."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
-        self.parts  # noqa: B018  checks the arguments
-
-    @property
-    def parts(self) -> tuple[TensorSpec, TensorSpec]:
-        """The specs of values and offsets."""
-        rows = _limit("max_rows", self.max_rows)
         values = TensorSpec(self.dtype, (None, *self.shape), self.max_values)
-        return values, TensorSpec("I64", (None,), None if rows is None else rows + 1)
+        object.__setattr__(self, "parts", (values, _offsets_spec(self.max_rows)))
 
     def ragged(self, path: str, value: Any) -> Ragged:
         """`value` as a `Ragged` whose number of rows fits; the dtype and shape of its values are not checked.
@@ -227,18 +223,14 @@ class TextSpec:
     max_bytes: int | None = None
     max_rows: int | None = None
     optional: bool = False
+    parts: tuple[TensorSpec, ...] = field(init=False, repr=False, compare=False)
+    """The specs of the bytes and, for a list, of the offsets."""
 
     def __post_init__(self) -> None:
-        self.parts  # noqa: B018  checks the arguments
         if self.max_rows is not None and not self.many:
             raise SchemaError("max_rows limits a list of texts; give many=True")
-
-    @property
-    def parts(self) -> tuple[TensorSpec, ...]:
-        """The specs of the bytes and, for a list, of the offsets."""
-        size, rows = _limit("max_bytes", self.max_bytes), _limit("max_rows", self.max_rows)
-        offsets = (TensorSpec("I64", (None,), None if rows is None else rows + 1),) if self.many else ()
-        return TensorSpec("U8", (None,), size), *offsets
+        text = TensorSpec("U8", (None,), _limit("max_bytes", self.max_bytes))
+        object.__setattr__(self, "parts", (text, _offsets_spec(self.max_rows)) if self.many else (text,))
 
     def verify(self, path: str, value: Any) -> None:
         """As `TensorSpec.verify`."""
@@ -257,6 +249,11 @@ def _limit(name: str, value: int | None) -> int | None:
     if value is not None and (type(value) is not int or value < 0):
         raise SchemaError(f"{name} {value!r} is not a non-negative integer")
     return value
+
+
+def _offsets_spec(max_rows: int | None) -> TensorSpec:
+    rows = _limit("max_rows", max_rows)
+    return TensorSpec("I64", (None,), None if rows is None else rows + 1)
 
 
 def _unlike(path: str, value: object, expected: str) -> SchemaError:

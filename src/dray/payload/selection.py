@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from typing import Any, Final, NamedTuple, NoReturn, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from dray.payload.header import (
     MAX_CACHED_HEADERS,
     Header,
     build_header,
+    from_json,
     header_text,
     parse_text,
 )
@@ -250,7 +251,7 @@ def _no_range(name: object, given: object) -> SelectionError:
 
 def _decode(text: bytes) -> Selection:
     try:
-        content = _from_json(text.decode())
+        content = from_json(text.decode())
     except (ValueError, RecursionError) as error:
         raise SelectionError(f"the selection is not valid JSON: {error}") from error
     if type(content) is not dict or not content.keys() <= {"fields", "rows"}:
@@ -274,18 +275,6 @@ def _is_ranges(value: object) -> bool:
     )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a key appears twice")
-    return content
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
-
-
-_from_json = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant).decode
 _cached_decode = lru_cache(MAX_CACHED_HEADERS)(_decode)
 
 

@@ -293,9 +293,8 @@ class _Flattening:
             self.leaves += (value.values, value.offsets)
             return "r"
         if isinstance(value, Mapping):
-            return self.nested(
-                dict(value.items()), path, depth
-            )  # a TensorDict iterates over rows, items() does not
+            # A TensorDict iterates over rows, its items do not.
+            return self.nested(dict(value.items()), path, depth)
         if isinstance(value, str | list | tuple | float | int):
             kind = type(value).__name__
             raise _refusal(path, f"is a {kind}, which would come back as another type; convert it first")
@@ -358,23 +357,22 @@ def _fit(schema: PayloadSchema, values: Mapping[str, Any], prefix: str, fitted: 
         path = prefix + name
         if isinstance(spec, TensorSpec):
             fitted.append(schema.fit_field(path, spec, value))
-            nodes.append("a")
         elif isinstance(spec, RaggedSpec):
             rows = spec.ragged(path, value)
             fitted.append(schema.fit_field(path, spec.parts[0], rows.values))
             fitted.append((path, rows.offsets, _I64, "same"))
-            nodes.append("r")
         elif isinstance(spec, TextSpec):
             spec.verify(path, value)
             texts = [_encoded(text, (path, None)) for text in ([value] if isinstance(value, str) else value)]
             fitted.append((path, np.frombuffer(b"".join(texts), np.uint8), _U8, "same"))
             if spec.many:
                 fitted.append((path, _offsets(texts), _I64, "same"))
-            nodes.append("S" if spec.many else "s")
         elif isinstance(value, Mapping):
             nodes.append(_fit(spec, value, path + ".", fitted))
+            continue
         else:
             raise SchemaError(f"field {path!r} is a {type(value).__name__}, expected a mapping")
+        nodes.append(_letter(spec))
     return "d", tuple(values.keys()), tuple(nodes)
 
 
@@ -391,9 +389,14 @@ def _largest(schema: PayloadSchema, prefix: str, fields: list[Field]) -> Node:
             if shape is None:
                 raise SchemaError(f"field {path!r} has a dimension without a limit: {spec}")
             fields.append((path, part.numpy_dtype, shape))
-        letter = "a" if isinstance(spec, TensorSpec) else "r" if isinstance(spec, RaggedSpec) else "s"
-        nodes.append("S" if isinstance(spec, TextSpec) and spec.many else letter)
+        nodes.append(_letter(spec))
     return "d", tuple(schema), tuple(nodes)
+
+
+def _letter(spec: TensorSpec | RaggedSpec | TextSpec) -> str:
+    if isinstance(spec, TextSpec):
+        return "S" if spec.many else "s"
+    return "r" if isinstance(spec, RaggedSpec) else "a"
 
 
 # --- structures -------------------------------------------------------------------------------------------------

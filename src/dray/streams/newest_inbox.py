@@ -165,7 +165,8 @@ class NewestInbox(Inbox):
                     in_place=True, delta=False, received_bytes=0,
                 )  # fmt: skip
             if source.reads_parts:
-                return self._weights(source, given, _read_part_at_once(source, given, deadline))
+                _check_size(given)
+                return self._weights(source, given, FetchedPart(source.read(given, deadline)))
             found = fetch(
                 lambda each: _read_at_once(source, each, deadline),
                 given, self._base_of(source), self._buffers.allocate,
@@ -175,21 +176,24 @@ class NewestInbox(Inbox):
             self.queue.clear()  # a newer version has replaced it, and is announced
             return None
         except TransportError:
-            read, base, allocate = source.bytes_reader(), self._base_of(source), self._buffers.allocate
-            read_part = source.reader(given)
-
-            def run() -> Fetched | FetchedPart | None:
-                try:
-                    if source.reads_parts:
-                        values = read_part()
-                        return None if values is None else FetchedPart(values)
-                    return fetch(read, given, base, allocate)
-                except (StaleSlotError, ProducerLostError):
-                    return None
-
-            self._reading.begin(source, run, given)
+            self._reading.begin(source, self._reader(source, given), given)
             self._begun = True
             return None
+
+    def _reader(self, source: Source, given: Given) -> Callable[[], Fetched | FetchedPart | None]:
+        """A function, for any thread, that reads a version; it returns None if the version is gone."""
+        if source.reads_parts:
+            read_part = source.reader(given)
+            return lambda: None if (values := read_part()) is None else FetchedPart(values)
+        read, base, allocate = source.bytes_reader(), self._base_of(source), self._buffers.allocate
+
+        def run() -> Fetched | None:
+            try:
+                return fetch(read, given, base, allocate)
+            except (StaleSlotError, ProducerLostError):
+                return None
+
+        return run
 
     def _base_of(self, source: Source) -> Base | None:
         return self._base if self._base is not None and self._base.producer == source.producer else None
@@ -249,18 +253,13 @@ class NewestInbox(Inbox):
 
 
 def _read_at_once(source: Source, given: Given, deadline: Deadline) -> Bytes:
-    if given.nbytes > MAX_BYTES_AT_ONCE:
-        raise TransportTimeout(f"{given.nbytes} bytes are read in a thread")
+    _check_size(given)
     return source.read_bytes(given, deadline)
 
 
-def _read_part_at_once(source: Source, given: Given, deadline: Deadline) -> FetchedPart:
+def _check_size(given: Given) -> None:
     if given.nbytes > MAX_BYTES_AT_ONCE:
-        raise TransportTimeout(f"part of {given.nbytes} bytes is read in a thread")
-    found = source.read(given, deadline)
-    if found is None:
-        raise StaleSlotError(f"version {given.deliveries} is gone")
-    return FetchedPart(found[0])
+        raise TransportTimeout(f"{given.nbytes} bytes are read in a thread")
 
 
 def _is_newer(source: Source, given: Given, after: int | Weights | None) -> bool:

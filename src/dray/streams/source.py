@@ -97,31 +97,21 @@ class Source(Closing):
 
     # --- payloads ---------------------------------------------------------------------------------------------
 
-    def read(self, given: streams.Given, deadline: Deadline) -> tuple[Values, bool] | None:
-        """The arrays of a payload, and whether they are in place; None if it is gone. Nothing is consumed.
+    def read(self, given: streams.Given, deadline: Deadline) -> Values:
+        """The arrays of a payload over a connection. Nothing is consumed.
 
-        Over a connection one attempt is made, which takes no longer than bytes that travel: meanwhile nothing is
-        received from other producers, and the end of this one is not seen.
+        One attempt is made, which takes no longer than bytes that travel: meanwhile nothing is received from other
+        producers, and the end of this one is not seen.
 
         Raises:
+            StaleSlotError, ProducerLostError: it is gone.
             TransportError: it has failed, or its time had passed: `reader` continues with it.
             PayloadFormatError: its bytes are not arrays.
             SelectionError: it does not have the part that is wanted.
         """
-        attachment = self._attachment
-        try:
-            if attachment is not None:
-                lease = attachment.lease(given.slot, given.sequence, given.nbytes)
-                if lease is not None:
-                    return self._in_place(attachment, lease), True
-                if attachment.closed:
-                    return None
-            client = self._client(self.subscription.reader)
-            attempt = deadline.capped_at(PATIENCE_SECONDS + given.nbytes / MIN_BYTES_PER_SECOND)
-            arrays = client.read(self._ref(given), timeout=attempt.timeout, consume=False, **self._selected)
-            return arrays, False
-        except (StaleSlotError, ProducerLostError):
-            return None
+        client = self._client(self.subscription.reader)
+        attempt = deadline.capped_at(PATIENCE_SECONDS + given.nbytes / MIN_BYTES_PER_SECOND)
+        return client.read(self._ref(given), timeout=attempt.timeout, consume=False, **self._selected)
 
     def reader(self, given: streams.Given) -> Callable[[], Values | None]:
         """A function, for any thread, that reads a payload over connections.
@@ -207,15 +197,17 @@ class Source(Closing):
                 lease = attachment.lease(given.slot, given.sequence, given.nbytes)
                 if lease is not None:
                     return self._leased(attachment, given, lease, warn)
+                if attachment.closed:
+                    return self.payload(given, None)
             found = self.read(given, deadline)
-        except StaleSlotError:
+        except (StaleSlotError, ProducerLostError):
             found = None
         except TransportError:
             raise
         except BaseException:
             self.give_back(given, begun=True)
             raise
-        return self.payload(given, None if found is None else found[0])
+        return self.payload(given, found)
 
     def payload(self, given: streams.Given, arrays: Values | None) -> Payload | None:
         """The payload with arrays in memory of their own; None if it is gone."""
