@@ -74,7 +74,30 @@ class IdleReaderService:
         self._opened.close()
 
 
-class LaneRead:
+class ClientSide:
+    """A client of a server in another process, the partner."""
+
+    def __init__(self, partner: Partner) -> None:
+        self._partner = partner
+        self._client: PayloadClient | None = None
+
+    def shut(self) -> None:
+        """Close the client, and what the partner has opened."""
+        self._close_client()
+        self._partner.ask("shut")
+
+    def close(self) -> None:
+        """Close the client and the partner."""
+        self._close_client()
+        self._partner.close()
+
+    def _close_client(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+
+class LaneRead(ClientSide):
     """Read payloads over one lane; each was put just before, and is consumed.
 
     Args:
@@ -104,8 +127,7 @@ class LaneRead:
         self.name = name or (f"{plain} with checksum" if checksum else plain)
         self._lane = lane
         self._served = {"checksum": checksum, "fields": fields}
-        self._partner = Partner(kind, descriptors)
-        self._client: PayloadClient | None = None
+        super().__init__(Partner(kind, descriptors))
         self._refs: deque[PayloadRef] = deque()
         self._how = how
         ways = {"read": self._read, "lease": self._lease, "lease_bytes": self._lease_bytes}
@@ -117,18 +139,6 @@ class LaneRead:
 
     def prepare(self, count: int) -> None:
         self._refs.extend(PayloadRef.from_json(text) for text in self._partner.ask("put", count=count)["refs"])
-
-    def shut(self) -> None:
-        if self._client is not None:
-            self._client.close()
-            self._client = None
-        self._partner.ask("shut")
-
-    def close(self) -> None:
-        if self._client is not None:
-            self._client.close()
-            self._client = None
-        self._partner.close()
 
     def _read(self) -> None:
         assert self._client is not None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 
-from benchmarks.exchanges.lanes import READ_SECONDS
+from benchmarks.exchanges.lanes import READ_SECONDS, ClientSide
 from benchmarks.exchanges.payloads import MANY, field_name
 from benchmarks.partner import Partner
 from benchmarks.plan import LaneName
 from dray import PayloadClient, PayloadRef
 
 
-class FieldRead:
+class FieldRead(ClientSide):
     """Read one of the fields of payloads over one lane; they were put just before.
 
     Args:
@@ -26,8 +26,7 @@ class FieldRead:
         self.name = f"{how}, one of {MANY} fields"
         self._lane = lane
         self._checksum = checksum
-        self._partner = Partner("payloads")
-        self._client: PayloadClient | None = None
+        super().__init__(Partner("payloads"))
         self._refs: list[PayloadRef] = []
         self._due: deque[tuple[PayloadRef, str]] = deque()
         self._fields = 1 if in_place else MANY
@@ -50,17 +49,8 @@ class FieldRead:
         self._due = deque([(ref, name) for ref in self._refs for name in names][:count])
 
     def shut(self) -> None:
-        if self._client is not None:
-            self._client.close()
-            self._client = None
         self._refs = []
-        self._partner.ask("shut")
-
-    def close(self) -> None:
-        if self._client is not None:
-            self._client.close()
-            self._client = None
-        self._partner.close()
+        super().shut()
 
     def _read(self) -> None:
         assert self._client is not None
