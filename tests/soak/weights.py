@@ -296,11 +296,11 @@ def memfd_bytes() -> int:
 
 
 def _wait_for_subscribers(publisher: Publisher, members: Sequence[Member]) -> None:
-    def settled() -> bool:
+    def all_have_come_or_one_has_ended() -> bool:
         ended = any(member.process.poll() is not None for member in members)
         return ended or publisher.subscribers == len(members)
 
-    if not holds_within(LIMIT_SECONDS, settled) or publisher.subscribers != len(members):
+    if not holds_within(LIMIT_SECONDS, all_have_come_or_one_has_ended) or publisher.subscribers != len(members):
         raise RuntimeError("a subscriber has ended, or has not come")
 
 
