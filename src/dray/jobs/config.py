@@ -121,6 +121,7 @@ class PolicyTable(Table):
     max_staleness: int | None = _count(None, least=0)
     staleness: Literal["admission", "drop"] = Field(default="admission", description='"admission" or "drop"')
     in_place: bool = Field(default=True, description="true or false")
+    weights: Literal["full", "sparse"] = Field(default="full", description='"full" or "sparse"')
     restarts: int = _count(3, least=0, most=1000)
     args: dict[str, Any] = Field(
         default_factory=dict, description="a table, given to the trainer's setup as it is"
@@ -346,6 +347,12 @@ def _group_by_reference(config: JobConfig) -> Iterator[ConfigError]:
     replicas = config.policy.replicas
     if replicas > 1 and config.job.transfer == "inline":
         yield ConfigError("policy.replicas", replicas, 'must be 1 with job.transfer = "inline"')
+
+
+@_rule("job.transfer", "policy.weights")
+def _sparse_by_reference(config: JobConfig) -> Iterator[ConfigError]:
+    if config.policy.weights == "sparse" and config.job.transfer == "inline":
+        yield ConfigError("policy.weights", config.policy.weights, 'must be "full" with job.transfer = "inline"')
 
 
 @_rule("policy.replicas", "policy.readers")

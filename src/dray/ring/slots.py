@@ -151,7 +151,13 @@ class SlotTable:
         return any(self._free_for(part))
 
     def _free_for(self, part: int) -> Iterator[Slot]:
-        return iter(self.free) if (n := len(self._newest)) == 1 else (s for s in self.free if s.index % n == part)
+        if not self._newest_only:
+            return iter(self.free)
+        # In the order of their memory: what was never needed is never taken.
+        parts = len(self._newest)
+        return iter(
+            sorted((slot for slot in self.free if slot.index % parts == part), key=lambda slot: slot.index)
+        )
 
     def check_time(self, deadline: Deadline) -> None:
         """Return if a claim may wait for a slot.
@@ -202,7 +208,9 @@ class SlotTable:
             self._late_looks += (self.notified, self._consumed) != before
 
     def claim(self, nbytes: int, part: int) -> Slot:
-        """FREE → WRITING for the slot of `part` that has been free longest; there must be one.
+        """FREE → WRITING for a slot of `part`; there must be one.
+
+        It is the one that has been free longest; with ``retain="newest"``, the first in memory.
 
         The caller sets `changing` before, and clears it when the slot refers to its writer.
         """

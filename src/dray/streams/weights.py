@@ -60,6 +60,7 @@ class Publisher(Closing):
         listen: an address for subscribers on other hosts, as for `Producer`.
         secret: the secret that subscribers at that address must know, at least 16 random bytes.
         scope: where the name is known; see `dray.streams.registry.default_scope`.
+        drain_timeout: seconds that `close` gives to transfers to subscribers on other hosts.
         clock: where time comes from.
 
     Attributes:
@@ -82,6 +83,7 @@ class Publisher(Closing):
         listen: str | Sequence[str] = (),
         secret: bytes | None = None,
         scope: str | None = None,
+        drain_timeout: float = 2.0,
         clock: Clock = MONOTONIC,
     ) -> None:
         self.name = checked_name(name)
@@ -116,7 +118,7 @@ class Publisher(Closing):
             self._server = opened.enter_context(
                 PayloadServer(
                     ring, lane=("shm", *places.lanes), host=places.host, port=places.ports, threads=1,
-                    secret=secret, clock=clock, stream=self._service,
+                    secret=secret, drain_timeout=drain_timeout, clock=clock, stream=self._service,
                 )
             )  # fmt: skip
             local, self.addresses = self._service.addresses(self._server.endpoints)
@@ -151,7 +153,7 @@ class Publisher(Closing):
             newest = None if self._newest.version is None else self._newest.version.full.sequence
             users = sorted({lease.pid for lease in self._ring.direct_leases() if lease.sequence != newest})
             who = f"process {', '.join(map(str, users))}" if users else "a subscriber on another host"
-            why = f"{self.name!r}: {who} still uses an older version; raise versions, or copy what is kept"
+            why = f"{self.name!r}: {who} still uses an older version; copy what is kept, or raise versions"
             raise BufferFullError(why, elapsed=error.elapsed) from None
         delta = None
         try:
@@ -293,6 +295,12 @@ class Subscriber(Closing):
                 if found is not None:
                     return found
                 inbox.wait(deadline, report)
+
+    @property
+    def attached(self) -> bool:
+        """This process is connected to the publisher, as far as the last call knows."""
+        inbox = self._inbox
+        return here[0] == self._mark and inbox is not None and bool(inbox.sources)
 
     def __enter__(self) -> Self:
         with self._exclusively():

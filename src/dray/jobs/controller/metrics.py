@@ -61,6 +61,7 @@ _POLICY_FIGURES = (
     ("unfreed", "dray_unfreed_payloads", "Payloads whose producer has not confirmed that they are freed."),
     ("payloads_read", "dray_rank_payloads_total", "Payloads read by a rank other than 0."),
     ("steps", "dray_rank_steps_total", "Training steps of a rank other than 0."),
+    ("weights_published", "dray_weights_published_total", "Weights published."),
     ("stream_published", "dray_stream_published_total", "Entries published to the stream of rollouts."),
     ("stream_duplicates", "dray_stream_duplicates_total", "Entries published a second time, and refused."),
     ("stream_trained", "dray_stream_trained_total", "Entries committed."),
@@ -81,8 +82,12 @@ _ROLLOUT_FIGURES = (
     ("rollout_seconds", "dray_rollout_seconds_total", "Time spent in the worker's rollout."),
     ("reclaimed", "dray_reclaimed_payloads_total", "Payloads freed because the stream did not list them."),
     ("abandoned", "dray_abandoned_payloads_total", "Payloads not consumed before the replica ended."),
-    ("weight_payloads", "dray_weights_loaded_total", "Weights fetched."),
-    ("weight_stale", "dray_weights_stale_total", "Weights that were replaced while they were fetched."),
+    ("weight_payloads", "dray_weights_loaded_total", "Weights loaded."),
+    ("weights_in_place", "dray_weights_in_place_total", "Weights loaded from shared memory, without a copy."),
+    ("weight_deltas", "dray_weights_deltas_total", "Weights of which only what had changed has travelled."),
+    ("weight_bytes", "dray_weights_bytes_total", "Bytes of the weights loaded."),
+    ("weight_received_bytes", "dray_weights_received_bytes_total", "Bytes of weights that have travelled."),
+    ("weight_stale", "dray_weights_stale_total", "Waits for newer weights that brought none in time."),
     ("weight_version", "dray_weight_version", "Version of the weights that act."),
 )
 

@@ -32,6 +32,14 @@ _SECONDS = {
     "train_seconds": "train_seconds",
 }
 """Figure of the policy, and its name in the summary."""
+_WEIGHTS = {
+    "loaded": "weight_payloads",
+    "in_place": "weights_in_place",
+    "deltas": "weight_deltas",
+    "bytes": "weight_bytes",
+    "received_bytes": "weight_received_bytes",
+}
+"""Name in the summary, and the figure of each rollout replica that is summed up."""
 
 
 def write_report(
@@ -127,6 +135,10 @@ def _counters(status: Status) -> dict[str, Any]:
         },
         "work_items": {
             name: status.work_items.get(name, 0) for name in ("given_again", "failed_attempts", "given_up")
+        },
+        "weights": {
+            "published": policy.count("weights_published"),
+            **{shown: sum(each.count(name) for each in rollouts.values()) for shown, name in _WEIGHTS.items()},
         },
         "weight_payloads_fetched": {
             name: progress.count("weight_payloads") for name, progress in sorted(rollouts.items())

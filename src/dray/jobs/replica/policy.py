@@ -341,6 +341,7 @@ class Training:
         arrays = returned_arrays(self._trainer, "weights", call_user(self._trainer, "weights"))
         with carried(self._trainer, "weights"):
             self._weights.publish(arrays, self._version, self._queue.epoch)
+        self._replica.activity.counters.add("weights_published")
 
     def _record(
         self,

@@ -1,6 +1,6 @@
 """``transfer = "inline"``: payloads and weights lie in Redis itself, for comparison with references.
 
-The classes have the methods of those in `ring_transfer`.
+The classes have the methods of those in `ring_transfer` and `weights_stream`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class RedisReader:
 
 
 class RedisWeightsPublisher:
-    """As `RingWeightsPublisher`. The reference is the packed image itself, in base64."""
+    """As `StreamWeightsPublisher`. The reference is the packed image itself, in base64."""
 
     def __init__(self, channel: WeightsChannel) -> None:
         self._channel = channel
@@ -140,7 +140,7 @@ class RedisWeightsPublisher:
 
 
 class RedisWeightsSubscriber:
-    """As `RingWeightsSubscriber`."""
+    """As `StreamWeightsSubscriber`."""
 
     def __init__(self, channel: WeightsChannel, counters: Counters) -> None:
         self._channel = channel
@@ -152,8 +152,10 @@ class RedisWeightsSubscriber:
         if found is None:
             return None
         self._last = found
-        self._counters.add("weight_payloads")
-        return found.version, unpack(bytearray(base64.standard_b64decode(found.reference)))
+        image = base64.standard_b64decode(found.reference)
+        sizes = {"weight_bytes": len(image), "weight_received_bytes": len(found.reference)}
+        self._counters.add_all({"weight_payloads": 1, **sizes})
+        return found.version, unpack(image)
 
 
 def _packed(arrays: Arrays) -> bytearray:

@@ -1,40 +1,31 @@
-"""``transfer = "reference"``: payloads and weights stay in rings, references to them travel through Redis."""
+"""``transfer = "reference"``: payloads stay in rings, references to them travel through Redis."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dray.clock import MONOTONIC, Deadline
-from dray.counters import Counters
 from dray.errors import (
     BufferClosedError,
     BufferFullError,
     DrayError,
     PayloadTooLargeError,
-    ProducerLostError,
-    StaleSlotError,
-    TransportError,
 )
 from dray.identifiers import PayloadId
-from dray.jobs.config import TimeoutsTable
 from dray.jobs.process import StopFlag
 from dray.jobs.queue import (
     Delivery,
-    PublishedWeights,
     RolloutEntry,
     RolloutProducer,
     StreamLostError,
-    WeightsChannel,
 )
 from dray.jobs.replica.heartbeat import Activity, AgeKind, Heartbeat
 from dray.jobs.replica.user_code import RolloutPayload
 from dray.payload import Arrays, plan, unpack
 from dray.prefetch import BatchReader
 from dray.protocol import PayloadRef
-from dray.resources import Closing
 from dray.ring import SharedRingBuffer
 from dray.transport import PayloadClient, PayloadServer, ReadResult
 from dray.transport.lanes import LANES
@@ -43,7 +34,6 @@ _LOG = logging.getLogger("dray.jobs.replica.ring_transfer")
 _SLICE = 0.5
 _CHECK_INTERVAL = 2.0
 _ORPHANED_AFTER = 6.0
-_PAGE = 4096
 
 
 class GroupSource:
@@ -308,100 +298,3 @@ class RingReader:
         """The lane that payloads were read over, e.g. ``"shm"``; several joined by ``+``; empty if over none."""
         reads = self._client.statistics().reads_by_lane
         return "+".join(lane for lane in LANES if reads.get(lane))
-
-
-class RingWeightsPublisher(Closing):
-    """The policy replica's end of the way of weights. Their ring is made when the size of the first is known.
-
-    Args:
-        serve: starts a server for the ring.
-        slots: of the ring.
-    """
-
-    def __init__(
-        self,
-        channel: WeightsChannel,
-        serve: Callable[[SharedRingBuffer], PayloadServer],
-        slots: int,
-        timeouts: TimeoutsTable,
-    ) -> None:
-        self._channel = channel
-        self._serve = serve
-        self._slots = slots
-        self._timeouts = timeouts
-        self._opened = ExitStack()
-        self._server: PayloadServer | None = None
-        self._first_nbytes = 0
-        self._slot_bytes = 0
-
-    def publish(self, weights: Arrays, version: int, epoch: int | None) -> None:
-        """Make `weights`, of a policy group in its `epoch`, the newest.
-
-        Raises:
-            PayloadError: `weights` cannot be carried; where there are too many bytes, the message has the bound.
-        """
-        if self._server is None:
-            self._first_nbytes = plan(weights).nbytes
-            self._server = self._open(self._first_nbytes)
-        try:
-            reference = self._server.put(weights, timeout=self._timeouts.read)
-        except PayloadTooLargeError as error:
-            nbytes = plan(weights).nbytes
-            raise PayloadTooLargeError(
-                f"{nbytes:,} bytes where the first weights had {self._first_nbytes:,}: their ring was made for at "
-                f"most {self._slot_bytes:,}; return arrays of the same names, shapes and dtypes each time"
-            ) from error
-        self._channel.publish(reference.to_json(), version, epoch=epoch)
-
-    def restore(self) -> None:
-        """Publish again what Redis has lost, if it was restarted empty."""
-        self._channel.restore()
-
-    def newest_version(self) -> int | None:
-        """The version that was published last, in whichever epoch of the policy group; None if there is none."""
-        newest = self._channel.newest(self._timeouts.redis)
-        return None if newest is None else newest.version
-
-    def _open(self, nbytes: int) -> PayloadServer:
-        self._slot_bytes = -(-(nbytes + nbytes // 16) // _PAGE) * _PAGE
-        ring = self._opened.enter_context(SharedRingBuffer(self._slots, self._slot_bytes, retain="newest"))
-        return self._opened.enter_context(self._serve(ring))
-
-    def close(self) -> None:
-        """End the server and the ring. Twice is fine."""
-        self._opened.close()
-
-
-class RingWeightsSubscriber:
-    """The rollout replica's end of the way of weights, each of which is fetched within `timeout` seconds."""
-
-    def __init__(
-        self, channel: WeightsChannel, client: PayloadClient, stop: StopFlag, counters: Counters, *, timeout: float
-    ) -> None:
-        self._channel = channel
-        self._client = client
-        self._stop = stop
-        self._counters = counters
-        self._timeout = timeout
-        self._last: PublishedWeights | None = None
-
-    def newer(self, timeout: float) -> tuple[int, Arrays] | None:
-        """Version and arrays of the newest weights if they are others than the last time; else None."""
-        deadline = Deadline.after(self._timeout)
-        found = self._channel.wait_newer(self._last, timeout)
-        while found is not None and not self._stop.is_set:
-            reference = PayloadRef.from_json(found.reference)
-            try:
-                arrays = self._client.read(reference, timeout=deadline.remaining, consume=False)
-            except (StaleSlotError, ProducerLostError, TransportError) as error:
-                # Newer ones were published meanwhile, or are about to be: also by the successor of a policy that
-                # has died.
-                if not isinstance(error, StaleSlotError):
-                    _LOG.warning("weights %d cannot be fetched: %s", found.version, error)
-                self._counters.add("weight_stale")
-                found = self._channel.wait_newer(found, deadline.capped_at(_SLICE).timeout)
-                continue
-            self._last = found
-            self._counters.add("weight_payloads")
-            return found.version, arrays
-        return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 from dray.jobs.process import folder_is_local, own_address
 from dray.jobs.queue import RolloutProducer, WeightsChannel
@@ -20,9 +19,8 @@ from dray.jobs.replica.ring_transfer import (
     GroupSource,
     RingPublisher,
     RingReader,
-    RingWeightsPublisher,
-    RingWeightsSubscriber,
 )
+from dray.jobs.replica.weights_stream import StreamWeightsPublisher, StreamWeightsSubscriber
 from dray.prefetch import BatchReader
 from dray.protocol.ref import has_control
 from dray.ring import SharedRingBuffer
@@ -30,8 +28,8 @@ from dray.transport import PayloadClient, PayloadServer
 
 TrajectoryPublisher = RingPublisher | RedisPublisher
 TrajectoryReader = RingReader | RedisReader
-WeightsPublisher = RingWeightsPublisher | RedisWeightsPublisher
-WeightsSubscriber = RingWeightsSubscriber | RedisWeightsSubscriber
+WeightsPublisher = StreamWeightsPublisher | RedisWeightsPublisher
+WeightsSubscriber = StreamWeightsSubscriber | RedisWeightsSubscriber
 
 _FREE_PAUSE = 2.0
 _MAX_SOCKET_FOLDER = 80
@@ -59,7 +57,16 @@ def rollout_ends(replica: Replica) -> Iterator[tuple[TrajectoryPublisher, Weight
             SharedRingBuffer(config.rollout.slots, config.rollout.slot_bytes, readers=config.policy.readers)
         )
         server = opened.enter_context(_server(replica, ring))
-        client = opened.enter_context(_client(replica, 0))
+        weights = opened.enter_context(
+            StreamWeightsSubscriber(
+                channel,
+                stop,
+                activity.counters,
+                lane=config.job.lane,
+                secret=replica.spec.secret,
+                timeout=config.timeouts.read,
+            )
+        )
         yield (
             RingPublisher(
                 ring,
@@ -73,7 +80,7 @@ def rollout_ends(replica: Replica) -> Iterator[tuple[TrajectoryPublisher, Weight
                 serve=replica.bounds.serve,
                 timeout=config.timeouts.redis,
             ),
-            RingWeightsSubscriber(channel, client, stop, activity.counters, timeout=config.timeouts.read),
+            weights,
         )
 
 
@@ -84,16 +91,26 @@ def policy_ends(replica: Replica) -> Iterator[tuple[TrajectoryReader, WeightsPub
     if config.job.transfer == "inline":
         yield RedisReader(), RedisWeightsPublisher(channel)
         return
-    # One slot for each reader that is behind, one for the newest, one to write to.
-    slots = config.rollout.replicas + 2
     with ExitStack() as opened:
         clients = [opened.enter_context(_client(replica, reader)) for reader in range(config.policy.readers)]
         batches = _batch_reader(replica, clients)
         # The last heartbeat has what is left when every request has ended, not what was under way before.
         opened.callback(lambda: replica.activity.show("unfreed", float(batches.unfreed)))
         opened.enter_context(batches)
-        weights = RingWeightsPublisher(channel, partial(_server, replica), slots, config.timeouts)
-        yield RingReader(clients[0], batches, config.timeouts.read), opened.enter_context(weights)
+        weights = opened.enter_context(
+            StreamWeightsPublisher(
+                channel,
+                replica.stop,
+                lane=config.job.lane,
+                host=None if folder_is_local() else own_address(),
+                replicas=config.rollout.replicas,
+                delta=config.policy.weights,
+                secret=replica.spec.secret,
+                timeout=config.timeouts.read,
+                close_timeout=replica.bounds.transfers,
+            )
+        )
+        yield RingReader(clients[0], batches, config.timeouts.read), weights
 
 
 def rank_reader(replica: Replica) -> BatchReader:

@@ -7,34 +7,14 @@ import numpy as np
 import pytest
 from waiting import wait_until
 
-from dray.counters import Counters
-from dray.errors import DrayError, PayloadTooLargeError
-from dray.jobs.config import TimeoutsTable
-from dray.jobs.process import StopFlag
-from dray.jobs.queue import Delivery, PublishedWeights, RolloutEntry
-from dray.jobs.replica.ring_transfer import GroupSource, RingReader, RingWeightsPublisher, RingWeightsSubscriber
+from dray.errors import DrayError
+from dray.jobs.queue import Delivery, RolloutEntry
+from dray.jobs.replica.ring_transfer import GroupSource, RingReader
 from dray.jobs.replica.user_code import RolloutPayload
 from dray.payload import pack
 from dray.prefetch import BatchReader
 from dray.ring import SharedRingBuffer
 from dray.transport import PayloadClient, PayloadServer
-
-
-class Channel:
-    """A `WeightsChannel` in memory."""
-
-    def __init__(self) -> None:
-        self.published: list[PublishedWeights] = []
-
-    def publish(self, reference: str, version: int, *, epoch: int | None) -> None:
-        self.published.append(PublishedWeights(reference, version, str(len(self.published))))
-
-    def newest(self, timeout: float | None = None) -> PublishedWeights | None:
-        return self.published[-1] if self.published else None
-
-    def wait_newer(self, than: PublishedWeights | None, timeout: float | None) -> PublishedWeights | None:
-        newest = self.newest()
-        return None if newest is None or than is newest else newest
 
 
 @pytest.fixture
@@ -94,24 +74,3 @@ def test_last_requests_to_free_payloads_are_made_while_the_clients_are_open(
     ends.consume([each.entry for each in deliveries])
     batches.close()
     assert (ring.get_ready_count(), batches.unfreed) == (0, 0)
-
-
-def test_newest_weights_come_once_and_a_ring_of_the_first_ones_has_room_for_a_little_more(
-    reader: tuple[RingReader, BatchReader],
-) -> None:
-    channel, stop, counters = Channel(), StopFlag(), Counters()
-    timeouts = TimeoutsTable()
-    weights = RingWeightsPublisher(channel, lambda ring: PayloadServer(ring, lane="shm"), 3, timeouts)  # type: ignore[arg-type]
-    with weights, PayloadClient(lane="shm") as client:
-        subscriber = RingWeightsSubscriber(channel, client, stop, counters, timeout=10.0)  # type: ignore[arg-type]
-        assert subscriber.newer(0.0) is None
-        for version in range(5):
-            weights.publish({"w": np.full(8, version)}, version, 1)
-        newest = subscriber.newer(0.0)
-        assert newest is not None
-        assert (newest[0], int(newest[1]["w"][0])) == (4, 4)
-        assert subscriber.newer(0.0) is None
-        assert weights.newest_version() == 4
-        with pytest.raises(PayloadTooLargeError, match="return arrays of the same names, shapes and dtypes"):
-            weights.publish({"w": np.zeros(1 << 16)}, 5, 1)
-    assert counters["weight_payloads"] == 1
