@@ -273,7 +273,9 @@ class RingAndModel:
         return bool(self.free)
 
     def _claimed(self, writer: SlotWriter, content: bytes, packed: bool) -> None:
-        assert (writer.slot, writer.sequence) == (self.free.pop(0), self.count["claimed"])
+        expected = min(self.free) if self.retain == "newest" else self.free[0]
+        self.free.remove(expected)
+        assert (writer.slot, writer.sequence) == (expected, self.count["claimed"])
         assert len(writer.buffer) == writer.nbytes
         writer.buffer[: len(content)] = content
         self.count["claimed"] += 1

@@ -68,7 +68,7 @@ class SlotTable:
         self._machine = machine
         self.lock = machine.lock()
         self.slots = [Slot(i, layout.header_offset(i), layout.slot_offset(i)) for i in range(layout.slots)]
-        self.free = deque(self.slots)  # the slot that has been free longest comes first
+        self.free = deque(self.slots)  # the longest free first; with `newest`, by index, for less memory
         self.live: OrderedDict[int, Slot] = OrderedDict()  # the other slots, by sequence number
         self.ready = self.leases = self.double_releases = 0
         self.direct: DirectLeases | None = None  # from the first direct consumer on
@@ -123,9 +123,8 @@ class SlotTable:
                 slot.mend_header(self._memory)
             self._publish(slot)
         self.due = {slot: slot.sequence for slot in self.due if slot.state is _READING}
-        free = dict.fromkeys(slot for slot in (*self.free, *self.slots) if slot.state is _FREE)
-        live = sorted((slot for slot in self.slots if slot not in free), key=lambda slot: slot.sequence)
-        self.free = deque(free)
+        self.free = deque(dict.fromkeys(slot for slot in (*self.free, *self.slots) if slot.state is _FREE))
+        live = sorted((slot for slot in self.slots if slot.state is not _FREE), key=lambda slot: slot.sequence)
         self.live = OrderedDict((slot.sequence, slot) for slot in live)
         self.ready = sum(slot.state is _READY for slot in live)
         self.leases = sum(slot.leases for slot in live)
@@ -151,13 +150,7 @@ class SlotTable:
         return any(self._free_for(part))
 
     def _free_for(self, part: int) -> Iterator[Slot]:
-        if not self._newest_only:
-            return iter(self.free)
-        # In the order of their memory: what was never needed is never taken.
-        parts = len(self._newest)
-        return iter(
-            sorted((slot for slot in self.free if slot.index % parts == part), key=lambda slot: slot.index)
-        )
+        return iter(self.free) if (n := len(self._newest)) == 1 else (s for s in self.free if s.index % n == part)
 
     def check_time(self, deadline: Deadline) -> None:
         """Return if a claim may wait for a slot.
@@ -208,9 +201,7 @@ class SlotTable:
             self._late_looks += (self.notified, self._consumed) != before
 
     def claim(self, nbytes: int, part: int) -> Slot:
-        """FREE → WRITING for a slot of `part`; there must be one.
-
-        It is the one that has been free longest; with ``retain="newest"``, the first in memory.
+        """FREE → WRITING for the first free slot of `part`; there must be one.
 
         The caller sets `changing` before, and clears it when the slot refers to its writer.
         """
@@ -462,7 +453,8 @@ class SlotTable:
         slot.state = after(slot.state, event)
         self._memory[slot.header + STATE_OFFSET] = _FREE
         del self.live[slot.sequence]
-        self.free.append(slot)
+        before = sum(each.index < slot.index for each in self.free) if self._newest_only else len(self.free)
+        self.free.insert(before, slot)
 
     # --- direct consumers -------------------------------------------------------------------------------------
 

@@ -343,6 +343,11 @@ def test_slots_are_enough_for_all_rollouts_that_may_end_before_the_first(job_fil
         load_job(job_file, [*settings, "rollout.concurrency=2"])
 
 
+def test_sparse_weights_need_references(job_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"policy\.weights = .* must be .* with job\.transfer"):
+        load_job(job_file, ["policy.weights=sparse", "job.transfer=inline"])
+
+
 @pytest.mark.parametrize("items", ["items.jsonl", "data sets/items.jsonl", "data.py:ROWS", "package.data:rows"])
 def test_data_set_is_a_file_of_lines_or_an_iterable(job_file: Path, items: str) -> None:
     work = load_job(job_file, [f'work.items="{items}"', "work.shuffle=true"]).work
@@ -387,6 +392,7 @@ def test_rule_reads_the_keys_that_it_names_and_no_others(
         ["policy.max_staleness=1"],
         ["policy.max_staleness=1", "rollout.concurrency=2"],
         ["policy.replicas=4", "policy.readers=2"],
+        ["policy.weights=sparse"],
     ):
         recorder = Recorder(load_job(job_file, settings), read)
         assert list(rule(recorder)) == []  # type: ignore[arg-type]

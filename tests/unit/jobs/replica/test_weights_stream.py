@@ -141,13 +141,15 @@ def test_weights_that_redis_has_refused_do_not_act(ends: Ends) -> None:
 
 def test_workers_that_keep_the_arrays_of_every_version_are_named(ends: Ends) -> None:
     with ends.publisher(timeout=0.2) as publisher, ends.subscriber() as subscriber:
-        kept = []
-        with pytest.raises(
-            UserValueError, match=r"load_weights must copy what it keeps: .* process \d+ still uses"
-        ):
+        kept: list[Any] = []
+
+        def publish_and_load() -> None:
             for version in range(10):
                 publisher.publish(arrays(version), version, 1)
                 kept.append(subscriber.newer(0.0))
+
+        with pytest.raises(UserValueError, match=r"must copy what it keeps: .* process \d+ still uses"):
+            publish_and_load()
         assert len(kept) >= 4  # the versions of one replica: acting and loading, the newest, and one to write
         assert [each[0] for each in kept if each] == list(range(len(kept)))
 
