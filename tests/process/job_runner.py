@@ -45,6 +45,7 @@ class Worker:
             fork_environment()
     def load_weights(self, weights, version):
         assert float(weights["w"][0]) == version or self.args.get("restarts")
+        assert np.array_equal(weights["frozen"], np.arange(20_000, dtype=np.float32))
         self.version = version
     def rollout(self, work_item):
         time.sleep(self.args.get("pause", 0.0))
@@ -85,7 +86,7 @@ class Trainer:
         self.steps += 1
         return {"score": float(self.steps)}
     def weights(self):
-        return {"w": np.full(1000, self.steps, np.float32)}
+        return {"w": np.full(1000, self.steps, np.float32), "frozen": np.arange(20_000, dtype=np.float32)}
     def save(self, folder):
         (self.output / "saving").touch()
         time.sleep(self.args.get("save_pause", 0.0))

@@ -6,20 +6,23 @@ from pathlib import Path
 import pytest
 from job_runner import job_settings, running
 
-WAYS = ["redis", "tcp", "ucx", *(pytest.param(way, marks=pytest.mark.endurance) for way in ("shm", "inline"))]
+MORE_WAYS = [pytest.param(way, marks=pytest.mark.endurance) for way in ("shm", "inline")]
+WAYS = ["redis", "tcp", "sparse tcp", "ucx", *MORE_WAYS]
 """Other jobs of these tests use shared memory, and payloads inline."""
 
 
 def way_settings(way: str) -> list[str]:
     if way == "ucx":
         pytest.importorskip("ucxx")
-    travel = f"job.lane={way}"
+    travel = [f"job.lane={way}"]
     if way == "redis":
-        travel = "job.transfer=inline"
+        travel = ["job.transfer=inline"]
     elif way == "inline":
-        travel = "rollout.inline_bytes=4096"
+        travel = ["rollout.inline_bytes=4096"]
+    elif way == "sparse tcp":
+        travel = ["job.lane=tcp", "policy.weights=sparse"]
     # No process dies here: on a machine that gives a process its turn late, none may be taken for dead either.
-    return job_settings(travel, "job.plot=returns.png", "controller.dead_after=30", "timeouts.controller_lost=30")
+    return job_settings(*travel, "job.plot=returns.png", "controller.dead_after=30", "timeouts.controller_lost=30")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -39,7 +42,13 @@ def test_job_is_solved_however_payloads_travel(tmp_path: Path, way: str) -> None
         inline = way in ("redis", "inline")
         assert summary["transfer"] == ("inline" if inline else "reference")
         assert ("lane" in summary) is not inline
-        assert summary.get("lane", way) == way
+        assert summary.get("lane", way) == way.removeprefix("sparse ")
+        weights = summary["weights"]
+        assert weights["loaded"] == sum(summary["weight_payloads_fetched"].values()) <= 2 * weights["published"]
+        assert weights["in_place"] == (weights["loaded"] if way in ("shm", "inline") else 0)
+        assert (weights["deltas"] > 0) is (way == "sparse tcp")
+        if way == "sparse tcp":
+            assert weights["received_bytes"] < weights["bytes"]
         lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(1, 21))
         assert (lines[-1]["metrics"], lines[-1]["mean_return"]) == ({"score": 20.0}, 8.0)

@@ -2,12 +2,17 @@
 
 import contextlib
 import os
+import re
 import secrets
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from soak.network import Network
 from soak.weights import Plan, Result, memfd_bytes, run
 from stream_fixtures import SECONDS, forked
 from waiting import wait_until
@@ -66,6 +71,31 @@ def test_subscribers_that_are_killed_and_stopped_disturb_no_other_one(delta: str
     for message in result.full:
         assert str(result.stopped[0]) in message or "on another host" in message
     assert result.memory <= (2 if delta == "full" else 3) * result.version_bytes + SLACK_BYTES
+
+
+@pytest.mark.parametrize("delta", ["full", "sparse"])
+@pytest.mark.parametrize(
+    ("versions", "parameters", "far"),
+    [(8, 1_000_000, 3), pytest.param(2, 2_500_000_000, 3, marks=LONG)],  # 4 GiB need 32 GiB of memory
+)
+def test_the_kernel_sends_no_more_to_other_hosts_than_what_they_read(
+    delta: str, versions: int, parameters: int, far: int
+) -> None:
+    if why := Network.unavailable(filters=False):
+        pytest.skip(why)
+    options = {"versions": versions, "parameters": parameters, "near": 1, "far": far, "delta": delta}
+    command = [sys.executable, "-m", "soak.weights", "--network", *(f"--{key}={options[key]}" for key in options)]
+    tests = str(Path(__file__).parents[1])
+    paths = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    counted = re.search(r"sent by the kernel: ([\d,]+) bytes; of versions and deltas: ([\d,]+)", done.stdout)
+    assert counted is not None, done.stdout
+    sent, read = (int(each.replace(",", "")) for each in counted.groups())
+    # Headers of packets, announcements, and what is sent again; a loaded machine loses packets of veth pairs, too.
+    assert read < sent < 1.1 * read + SLACK_BYTES
 
 
 def weights(version: int) -> dict[str, np.ndarray]:

@@ -146,7 +146,6 @@ MISTAKES = [
     weights("{}", "returned an empty mapping", "at least one array"),
     weights("{'w': np.array([None])}", "field 'w'", "object"),
     weights("{'w': {'layer': {1, 2}}}", "field 'w.layer'", "a set"),
-    weights("{'w': np.ones(8 + 10_000 * self.steps)}", "bytes", "the first weights"),
     replace(
         weights("None", "returned None"),
         name="weights returns None in a policy group of two",

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Final
 import ml_dtypes
 import numpy as np
 import typer
+from soak.network import Network
 from waiting import holds_within
 
 from dray import Publisher, Subscriber
@@ -51,7 +52,10 @@ class Plan:
         steps: for each subscriber by address, how many versions are one step for it; the next ones have 1.
         late: another subscriber by address comes when half of the versions are published.
         faults: one subscriber of each kind is killed, and one is stopped for a while.
-        paced: each version waits until the first subscriber by address has read the one before.
+        paced: each version waits until the first subscriber by address has read the one before; without any, the
+            first one by name.
+        host: the address at which the publisher listens.
+        prefixes: for each subscriber by address, what precedes its command: it runs in a network namespace.
     """
 
     versions: int = 200
@@ -64,6 +68,8 @@ class Plan:
     late: bool = True
     faults: bool = False
     paced: bool = False
+    host: str = "127.0.0.1"
+    prefixes: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(slots=True)
@@ -77,6 +83,7 @@ class Result:
         memory: the most memory that the kernel counted for the publisher's versions and deltas, in bytes.
         full: messages of the `BufferFullError` that the stopped subscribers caused.
         stopped: the processes that were stopped.
+        sent: bytes that the kernel has sent to the network namespaces of the subscribers.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -85,6 +92,7 @@ class Result:
     memory: int = 0
     full: list[str] = field(default_factory=list)
     stopped: list[int] = field(default_factory=list)
+    sent: int = 0
 
 
 class Model:
@@ -151,13 +159,15 @@ class Member:
         killed: it was killed.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str], *, step: int, last: int) -> None:
+    def __init__(
+        self, name: str, arguments: Sequence[str], *, step: int, last: int, prefix: Sequence[str] = ()
+    ) -> None:
         self.name = name
         self.killed = False
         self.lines: list[dict[str, Any]] = []
         self._printed = threading.Condition()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
-        command = [sys.executable, "-m", "soak.weights", "subscribe", *arguments, str(step), str(last)]
+        command = [*prefix, sys.executable, "-m", "soak.weights", "subscribe", *arguments, str(step), str(last)]
         paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
             command,
@@ -221,25 +231,26 @@ def run(plan: Plan) -> Result:
     with contextlib.ExitStack() as opened:
         publisher = opened.enter_context(
             Publisher(
-                "weights", delta=plan.delta, listen=f"{plan.lane}://127.0.0.1:0", secret=secret, scope=scope  # type: ignore[arg-type]
+                "weights", delta=plan.delta, listen=f"{plan.lane}://{plan.host}:0", secret=secret, scope=scope  # type: ignore[arg-type]
             )
         )  # fmt: skip
 
-        def start(name: str, step: int = 1) -> Member:
+        def start(name: str, step: int = 1, prefix: Sequence[str] = ()) -> Member:
             source = publisher.addresses[0] if name.startswith("far") else "weights"
-            member = Member(name, (source, secret.hex(), scope), step=step, last=plan.versions)
+            member = Member(name, (source, secret.hex(), scope), step=step, last=plan.versions, prefix=prefix)
             opened.callback(member.close)
             return member
 
         steps = [*plan.steps, *[1] * plan.far][: plan.far]
         members = [start(f"near {index}") for index in range(plan.near)]
-        members += [start(f"far {index}", step) for index, step in enumerate(steps)]
-        paced = members[plan.near]
+        prefixes = [*plan.prefixes, *[()] * plan.far]
+        members += [start(f"far {index}", step, prefixes[index]) for index, step in enumerate(steps)]
+        paced = members[plan.near if plan.far else 0]
         _wait_for_subscribers(publisher, members)
         stopped: list[Member] = []
         for number in range(1, plan.versions + 1):
             if plan.late and number == plan.versions // 2:
-                members.append(start("far late"))
+                members.append(start("far late", prefix=prefixes[0]))
             if plan.faults:
                 _cause_faults(plan, number, members, stopped, result)
             _publish(publisher, model.version(number), stopped, result)
@@ -252,6 +263,7 @@ def run(plan: Plan) -> Result:
             result.problems += [problem] if problem else []
             if not member.killed:
                 result.seen[member.name] = member.lines
+        result.sent = sent_bytes()
     return result
 
 
@@ -295,6 +307,12 @@ def memfd_bytes() -> int:
     return total
 
 
+def sent_bytes() -> int:
+    """What the kernel has sent to other network namespaces, with all headers."""
+    devices = (line.split(":") for line in Path("/proc/self/net/dev").read_text().splitlines() if ":" in line)
+    return sum(int(counters.split()[8]) for device, counters in devices if device.strip().startswith("soak"))
+
+
 def _wait_for_subscribers(publisher: Publisher, members: Sequence[Member]) -> None:
     def all_have_come_or_one_has_ended() -> bool:
         ended = any(member.process.poll() is not None for member in members)
@@ -308,29 +326,51 @@ def _wait_for_subscribers(publisher: Publisher, members: Sequence[Member]) -> No
 
 
 def main(
-    versions: Annotated[int, typer.Option(min=8, help="Versions that are published.")] = 1000,
+    versions: Annotated[int, typer.Option(min=1, help="Versions that are published.")] = 1000,
     parameters: Annotated[int, typer.Option(min=6, help="Elements of the model.")] = 100_000_000,
     delta: Annotated[str, typer.Option(help="sparse or full.")] = "sparse",
     lane: Annotated[str, typer.Option(help="tcp or ucx.")] = "tcp",
     near: Annotated[int, typer.Option(min=0, help="Subscribers that use versions in place.")] = 2,
-    far: Annotated[int, typer.Option(min=1, help="Subscribers by address.")] = 3,
+    far: Annotated[int, typer.Option(min=0, help="Subscribers by address.")] = 3,
     faults: Annotated[bool, typer.Option("--faults", help="Kill and stop some of them (2 of each kind).")] = False,
+    network: Annotated[bool, typer.Option("--network", help="Those by address in network namespaces.")] = False,
+    host: Annotated[str, typer.Option(hidden=True)] = "127.0.0.1",
+    prefixes: Annotated[str, typer.Option(hidden=True)] = "[]",
 ) -> None:
     """Publish versions; exit code 1 if one was wrong."""
+    if network:
+        sys.exit(_in_namespaces(far))
     began = time.monotonic()
     plan = Plan(
         versions=versions, parameters=parameters, delta=delta, lane=lane, near=near, far=far, faults=faults,
-        paced=not faults, steps=() if faults else (1, 7),
+        paced=not faults, steps=() if faults else (1, 7), late=far > 0 and versions >= 8,
+        host=host, prefixes=tuple(map(tuple, json.loads(prefixes))),
     )  # fmt: skip
     result = run(plan)
     for name, lines in result.seen.items():
         deltas = [line["bytes"] for line in lines if line["delta"]]
         share = sum(deltas) / max(1, len(deltas)) / result.version_bytes
         print(f"{name}: {len(lines)} versions, {len(deltas)} as deltas of {share:.1%} of the bytes")
+    if result.sent:
+        received = sum(line["bytes"] for lines in result.seen.values() for line in lines)
+        print(f"sent by the kernel: {result.sent:,} bytes; of versions and deltas: {received:,}")
     print(f"memory: {result.memory / result.version_bytes:.2f} versions; {time.monotonic() - began:.0f} s")
     for problem in (*result.problems, *(f"waited: {text}" for text in result.full)):
         print(problem)
     sys.exit(1 if result.problems else 0)
+
+
+def _in_namespaces(far: int) -> int:
+    """Run this command again in a network namespace, joined to one for each subscriber by address."""
+    names = tuple(f"host{index}" for index in range(far))
+    with Network(names, filters=False) as hosts:
+        for index, name in enumerate(names[1:], 1):
+            route = ["ip", "route", "add", "10.77.0.0/24", "via", f"10.77.{index}.1"]
+            subprocess.run([*hosts.within(name), *route], check=True)
+        again = [argument for argument in sys.argv[1:] if argument != "--network"]
+        placed = ["--host", "10.77.0.1", "--prefixes", json.dumps([hosts.within(name) for name in names])]
+        command = [*hosts.within("hub"), sys.executable, "-m", "soak.weights", *again, *placed]
+        return subprocess.run(command, check=False).returncode
 
 
 if __name__ == "__main__":
