@@ -88,7 +88,12 @@ def test_the_kernel_sends_no_more_to_other_hosts_than_what_they_read(
     tests = str(Path(__file__).parents[1])
     paths = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, check=False
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+        timeout=7000,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     counted = re.search(r"sent by the kernel: ([\d,]+) bytes; of versions and deltas: ([\d,]+)", done.stdout)
