@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from node_runner import SECRET, nodes_running, two_machines
 
-from dray.jobs.files import write_json
+from dray.files import write_json
 from dray.jobs.slurm.placement import choose_interface, interfaces
 
 OUTSIDE = [each for each in interfaces() if not each.is_loopback]

@@ -14,6 +14,7 @@ from dray.cli.doctor import doctor
 from dray.cli.extras import remedy, require_extra
 from dray.cli.job_options import JobArgument, LogLevelOption, OutputOption, Settings, read_job
 from dray.cli.new import new
+from dray.cli.recordings import inspect, record, replay
 from dray.cli.slurm import slurm
 from dray.cli.status import status
 from dray.errors import ConfigError, DrayError, MissingDependencyError, error_lines
@@ -111,6 +112,9 @@ app.command()(new)
 app.command()(check)
 app.command()(run)
 app.command()(status)
+app.command()(record)
+app.command()(replay)
+app.command()(inspect)
 app.command()(doctor)
 app.add_typer(slurm, name="slurm")
 

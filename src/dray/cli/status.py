@@ -11,7 +11,7 @@ import typer
 
 from dray.cli.extras import require_extra
 from dray.errors import ConfigError
-from dray.jobs.files import read_private_file
+from dray.files import read_private_file
 from dray.jobs.folder import JobFolder
 from dray.text import MAX_LINE, printable
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dray.errors import ConfigError
+from dray.files import read_private_file, write_json
 from dray.jobs.config import JobConfig
-from dray.jobs.files import read_private_file, write_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import pytest
 
 from dray.cli.status import find_running, read_address, status_lines
 from dray.errors import ConfigError
-from dray.jobs.files import write_json
+from dray.files import write_json
 from dray.jobs.folder import JobFolder
 from dray.jobs.messages.models import Status
 

@@ -5,7 +5,7 @@ import pytest
 from writing import files_of_at_most, umask
 
 from dray.errors import ConfigError, OutputError
-from dray.jobs.files import (
+from dray.files import (
     check_own_tree,
     make_own_folder,
     make_own_folders,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dray.jobs.files import write_json
+from dray.files import write_json
 from dray.jobs.folder import finite
 
 

@@ -29,13 +29,13 @@ from dray import __version__
 from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
 from dray.clock import MONOTONIC, Deadline, Stopwatch
 from dray.counters import Counters
+from dray.files import write_json
 from dray.jobs.controller.listener import PROVEN, HttpServer
 from dray.jobs.controller.metrics import MEDIA_TYPE, JobMetrics
 from dray.jobs.controller.stall import StallWatch, job_snapshot
 from dray.jobs.controller.state import Membership, final_phase
 from dray.jobs.controller.work_queue import WorkQueue, work_item_seed
 from dray.jobs.exit_codes import ExitCode
-from dray.jobs.files import write_json
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.messages import models
 from dray.jobs.messages.controller_client import KEEP_ALIVE

@@ -34,7 +34,7 @@ from dray.admission import (
 from dray.clock import Deadline
 from dray.counters import Counters
 from dray.errors import ConfigError, TransportError
-from dray.jobs.files import read_private_file, write_json
+from dray.files import read_private_file, write_json
 from dray.jobs.folder import JobFolder
 from dray.name_resolution import MAX_RESOLVE_SECONDS, resolve
 

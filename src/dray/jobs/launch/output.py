@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dray.errors import ConfigError
+from dray.files import FOLDER_MODE, make_own_folders, open_own_folder, open_to_append
 from dray.jobs.config import JobConfig, LogLevel
-from dray.jobs.files import FOLDER_MODE, make_own_folders, open_own_folder, open_to_append
 from dray.jobs.folder import OPTIONS_NAME, JobFolder, short_path
 from dray.jobs.process import printable_handler
 from dray.jobs.replica.checkpoint import CheckpointState, check_checkpoint, find_checkpoint, sweep_partial

@@ -18,11 +18,11 @@ from types import MappingProxyType
 from typing import Protocol
 
 from dray.clock import MONOTONIC, Deadline
+from dray.files import open_to_append
 from dray.jobs.config import JobConfig
 from dray.jobs.controller.listener import advertise
 from dray.jobs.controller.state import THE_JOB_HAS
 from dray.jobs.exit_codes import NOT_RESTARTED, USER_CODES, ExitCode, meaning
-from dray.jobs.files import open_to_append
 from dray.jobs.folder import JobFolder, JobSpec, RunOptions
 from dray.jobs.messages.models import MemberState, OutcomeKind, Role
 from dray.jobs.process import PARENT_VARIABLE, ChildProcess, adopt_orphans, child_pids, is_running, kill_orphans

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from dray.files import write_json, write_whole
 from dray.jobs.config import JobConfig
 from dray.jobs.controller.state import FINISHED_OUTCOMES, FIRST_POLICY
 from dray.jobs.exit_codes import USER_CODES, ExitCode
-from dray.jobs.files import write_json, write_whole
 from dray.jobs.folder import JobFolder, finite, short_path
 from dray.jobs.messages.models import Phase, Role, Status
 from dray.jobs.replica.metrics import MEAN_RETURN, read_metrics

@@ -27,9 +27,9 @@ from pydantic import ValidationError
 
 from dray.clock import MONOTONIC, Clock
 from dray.errors import ConfigError
+from dray.files import read_own_file
 from dray.jobs.controller.state import FINISHED_OUTCOMES, final_phase
 from dray.jobs.exit_codes import USER_CODES, ExitCode
-from dray.jobs.files import read_own_file
 from dray.jobs.folder import JobFolder
 from dray.jobs.messages.models import MemberState, OutcomeReport, Phase, Status
 from dray.jobs.replica.checkpoint import CheckpointState, find_checkpoint

@@ -21,8 +21,8 @@ from pydantic import ValidationError
 
 from dray.clock import Deadline, retry_pauses
 from dray.errors import ControlPlaneError
+from dray.files import read_private_file
 from dray.forking import descriptor_not_inherited, not_inherited
-from dray.jobs.files import read_private_file
 from dray.jobs.messages import models
 from dray.jobs.messages.models import MembershipError
 from dray.resources import Closing

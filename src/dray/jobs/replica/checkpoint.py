@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from dray.errors import ConfigError
-from dray.jobs.files import FOLDER_MODE, check_own_tree, output_errors, read_own_file, write_json
+from dray.files import FOLDER_MODE, check_own_tree, output_errors, read_own_file, write_json
 
 _KEY = "--resume"
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Final, Literal
 
 from dray.clock import MONOTONIC, Clock, Deadline
+from dray.files import read_private_file, write_json
 from dray.identifiers import PayloadId
 from dray.jobs.config import JobConfig
-from dray.jobs.files import read_private_file, write_json
 from dray.jobs.messages.models import PartlyFinished, PayloadPart, UnfinishedWork
 from dray.jobs.queue import Delivery, RolloutConsumer, RolloutEntry
 from dray.jobs.replica.checkpoint import CheckpointState

@@ -21,10 +21,10 @@ from types import ModuleType
 from typing import Any, Final
 
 from dray.errors import ConfigError
+from dray.files import write_json
 from dray.forking import parent_only
 from dray.jobs.api import PolicyTrainer, RolloutWorker
 from dray.jobs.config import ENTRY_POINT_FORM, WORK_ITEMS_FORM, WorkTable
-from dray.jobs.files import write_json
 from dray.jobs.process import begin_process
 from dray.jobs.replica.user_code import described_error, is_async
 from dray.resources import Closing

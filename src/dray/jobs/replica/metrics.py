@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dray.errors import ConfigError
+from dray.files import open_to_append, output_errors, write_whole
 from dray.jobs.config import StopTable
-from dray.jobs.files import open_to_append, output_errors, write_whole
 from dray.resources import Closing
 from dray.text import printable
 

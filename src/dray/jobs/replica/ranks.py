@@ -13,10 +13,10 @@ import numpy as np
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import DrayError, OutOfResources, StaleSlotError
+from dray.files import FOLDER_MODE
 from dray.identifiers import PayloadId
 from dray.jobs.api import PolicyTrainer, Trajectory
 from dray.jobs.exit_codes import ExitCode
-from dray.jobs.files import FOLDER_MODE
 from dray.jobs.messages.channel import GroupLostError, MessageChannel
 from dray.jobs.messages.models import RankCommand, RankReply
 from dray.jobs.queue import Delivery

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from dray.clock import MONOTONIC, Deadline
 from dray.errors import ConfigError
+from dray.files import write_json
 from dray.jobs.config import JobConfig
 from dray.jobs.exit_codes import ExitCode
-from dray.jobs.files import write_json
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.job_file import JobDraft
 from dray.jobs.launch.display import Display

@@ -22,8 +22,8 @@ from pydantic import ValidationError
 
 from dray.clock import Deadline, retry_pauses
 from dray.errors import ConfigError, ControlPlaneError, TransportError
+from dray.files import make_own_folders, read_private_file
 from dray.jobs.exit_codes import ExitCode, meaning
-from dray.jobs.files import make_own_folders, read_private_file
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.launch.output import KEY
 from dray.jobs.launch.process_supervisor import ProcessSupervisor

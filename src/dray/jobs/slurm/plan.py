@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dray.errors import ConfigError, DrayError, error_lines
+from dray.files import FOLDER_MODE, make_own_folder, read_private_file, write_json
 from dray.jobs.config import JobConfig, SlurmTable
 from dray.jobs.exit_codes import ExitCode
-from dray.jobs.files import FOLDER_MODE, make_own_folder, read_private_file, write_json
 from dray.jobs.process import dump_stacks_on_signal, exit_with_own_code_on_crash
 from dray.resources import raise_descriptor_limit
 

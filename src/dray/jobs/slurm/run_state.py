@@ -23,8 +23,8 @@ from types import MappingProxyType
 from typing import Final
 
 from dray.errors import ConfigError, DrayError, error_lines
+from dray.files import open_own_folder, read_own_file, write_json
 from dray.jobs.exit_codes import COMES_AGAIN, ExitCode, meaning
-from dray.jobs.files import open_own_folder, read_own_file, write_json
 from dray.jobs.folder import JobFolder
 from dray.jobs.launch.output import KEY, attempt_folder, lock_folder
 from dray.jobs.launch.shutdown import finished_checkpoint

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from dray.errors import ConfigError
+from dray.files import open_own_folder, read_own_file, write_whole
 from dray.jobs.config import JobConfig, SlurmTable
-from dray.jobs.files import open_own_folder, read_own_file, write_whole
 from dray.jobs.folder import RunOptions
 from dray.jobs.job_file import parse_job
 from dray.jobs.launch.output import KEY, RESUME_NEEDS, choose_folder, has_metrics, make_run_folder, remove_empty

@@ -1,0 +1,9 @@
+"""Recordings: payloads of a stream or of a job in files, to look at them and to replay them."""
+
+from __future__ import annotations
+
+from dray.recording.reader import RecordedPayload, Recording
+from dray.recording.recorder import Recorder, record
+from dray.recording.replay import replay
+
+__all__ = ["RecordedPayload", "Recorder", "Recording", "record", "replay"]
