@@ -66,7 +66,7 @@ def read_own_file(path: Path, key: str, forbidden: int = _OTHERS_WRITE) -> bytes
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: bytes, *, mode: int = FILE_MODE) -> None:
+def write_whole(path: Path, content: bytes | bytearray, *, mode: int = FILE_MODE) -> None:
     """Put `content` at `path`, whole or not at all, even across a crash. A symbolic link there is replaced.
 
     Raises:

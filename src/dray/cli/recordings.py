@@ -17,9 +17,7 @@ from dray.text import MAX_LINE, printable
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the recording.")]
 Scope = Annotated[str | None, typer.Option(help="Scope of the stream. Default: that of this session or job.")]
-SecretFile = Annotated[
-    Path | None, typer.Option(help="File with the secret of the stream, as hexadecimal digits.")
-]
+SecretFile = Annotated[Path | None, typer.Option(help="File with the secret, as hexadecimal digits.")]
 
 
 def record(
@@ -35,7 +33,7 @@ def record(
     file_bytes: Annotated[int, typer.Option(min=1, help="Bytes that one file has at most.")] = 64 << 20,
     stop_when_full: Annotated[
         bool,
-        typer.Option("--stop-when-full", help="End when there are max-bytes. Default: remove the oldest files."),
+        typer.Option("--stop-when-full", help="End when max-bytes are there. Default: remove the oldest files."),
     ] = False,
 ) -> None:
     """Write the payloads of a stream to files until the stream ends, or Ctrl-C.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dray.recording.reader import RecordedPayload, Recording
+from dray.recording.files import RecordedPayload
+from dray.recording.reader import Recording
 from dray.recording.recorder import Recorder, record
 from dray.recording.replay import replay
 

@@ -92,6 +92,5 @@ def table(rows: Iterable[tuple[str, ...]]) -> list[str]:
     """Lines with aligned columns, `HEAD` first."""
     lines = [HEAD, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEAD))]
-    return [
-        "  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]
+    aligned = ([f"{text:{width}}" for text, width in zip(line, widths, strict=True)] for line in lines)
+    return ["  ".join(line).rstrip() for line in aligned]

@@ -7,10 +7,10 @@ A recording is a folder::
     index.json                      what is where; made of the names and contents of the files
     .lock                           locked by the recorder
 
-Each file is a safetensors file that any library of that format opens. It is written whole and then gets its name, so
-that a file that is there is complete, whatever has happened to the recorder. Tensor ``payloads.3.rewards`` is the
-field ``rewards`` of the fourth payload of the file. Small files are merged into one: if a recorder is killed after
-it has named the new one, the small ones are still there, and readers skip files whose payloads are in another one.
+Each file is a safetensors file that any library of that format opens. It is written whole and then gets its name,
+so that a file that is there is complete, whatever has happened to the recorder. Tensor ``payloads.3.rewards`` is
+the field ``rewards`` of the fourth payload of the file. Small files are merged into one: if a recorder is killed
+after it has named the new one, the small ones are still there: readers skip files whose payloads are in another.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ def index_of(files: Iterable[RecordingFile], removed: int, about: Mapping[str, s
         "bytes": sum(file.nbytes for file in listed),
         "removed_payloads": removed,
         "files": [
-            {"name": file.path.name, "first": file.first, "last": file.last, "bytes": file.nbytes}
-            for file in listed
+            {"name": each.path.name, "first": each.first, "last": each.last, "bytes": each.nbytes}
+            for each in listed
         ],
     }
 
