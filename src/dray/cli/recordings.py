@@ -121,7 +121,7 @@ def replay(
 
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="A recording, or one safetensors file.")],
-    payloads: Annotated[int, typer.Option(min=1, help="Look at so many payloads, the first ones.")] = 1000,
+    payloads: Annotated[int, typer.Option(min=1, help="Read so many payloads, the first ones.")] = 1000,
 ) -> None:
     """Show what is in a recording, or in a safetensors file: fields, dtypes, shapes and statistics.
 

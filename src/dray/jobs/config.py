@@ -122,6 +122,7 @@ class PolicyTable(Table):
     staleness: Literal["admission", "drop"] = Field(default="admission", description='"admission" or "drop"')
     in_place: bool = Field(default=True, description="true or false")
     weights: Literal["full", "sparse"] = Field(default="full", description='"full" or "sparse"')
+    record: str | None = _text(None, allowed="a folder, beside the files of the job unless it is absolute")
     restarts: int = _count(3, least=0, most=1000)
     args: dict[str, Any] = Field(
         default_factory=dict, description="a table, given to the trainer's setup as it is"
@@ -353,6 +354,12 @@ def _group_by_reference(config: JobConfig) -> Iterator[ConfigError]:
 def _sparse_by_reference(config: JobConfig) -> Iterator[ConfigError]:
     if config.policy.weights == "sparse" and config.job.transfer == "inline":
         yield ConfigError("policy.weights", config.policy.weights, 'must be "full" with job.transfer = "inline"')
+
+
+@_rule("policy.replicas", "policy.record")
+def _recorded_by_one(config: JobConfig) -> Iterator[ConfigError]:
+    if config.policy.record is not None and config.policy.replicas > 1:
+        yield ConfigError("policy.replicas", config.policy.replicas, "must be 1 with policy.record")
 
 
 @_rule("policy.replicas", "policy.readers")

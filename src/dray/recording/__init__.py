@@ -1,4 +1,4 @@
-"""Recordings: payloads of a stream or of a job in files, to look at them and to replay them."""
+"""Recordings: payloads of a stream or of a job in files, to read and to replay them."""
 
 from __future__ import annotations
 

@@ -9,15 +9,15 @@ import logging
 import math
 import socket
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from dray.clock import MONOTONIC, Stopwatch
-from dray.errors import ControlPlaneError
+from dray.errors import ControlPlaneError, OutputError
 from dray.jobs.api import PolicyGroup, PolicyTrainer, Trajectory
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import finite
@@ -51,6 +51,7 @@ from dray.jobs.replica.user_code import (
 )
 from dray.payload import Ragged
 from dray.payload.trajectory import REWARDS
+from dray.recording import Recorder
 from dray.text import printable
 
 _LOG = logging.getLogger("dray.jobs.replica.policy")
@@ -98,7 +99,9 @@ def work(restarts: int, descriptors: Sequence[int], replica: Replica) -> ExitCod
             return RankWorker(trainer, channels[0], reader, replica.activity, timeout=timeout).run()
         trajectories, weights = opened.enter_context(policy_ends(replica))
         log = opened.enter_context(MetricsLog(replica.spec.folder.metrics))
-        return Training(replica, trainer, ranks, trajectories, weights, log).run(
+        record = config.policy.record
+        recorder = None if record is None else opened.enter_context(Recorder(replica.spec.folder.root / record))
+        return Training(replica, trainer, ranks, trajectories, weights, log, recorder).run(
             may_load=replica.spec.resume or restarts > 0
         )
 
@@ -126,6 +129,7 @@ class Training:
         reader: TrajectoryReader,
         weights: WeightsPublisher,
         log: MetricsLog,
+        recorder: Recorder | None,
     ) -> None:
         self._replica = replica
         self._config = replica.spec.config
@@ -134,6 +138,7 @@ class Training:
         self._reader = reader
         self._weights = weights
         self._log = log
+        self._recorder = recorder
         self._began = MONOTONIC.now()
         self._step = 0
         self._version = 0
@@ -294,6 +299,8 @@ class Training:
         mean_return = _mean_return(trajectories)
         self._ranks.train(batch, self._ahead.known())
         self._kept.lend(trajectories)
+        with self._recording():
+            self._add_to_recording(trajectories)
         metrics = self._train_step(trajectories)
         if self._config.policy.replicas > 1:
             activity.waits("the end of their training step", "the other policy replicas")
@@ -314,6 +321,9 @@ class Training:
             self._record(batch, metrics, mean_return, ages, trained - began)
             raise
         self._record(batch, metrics, mean_return, ages, trained - began)
+        with self._recording():
+            if self._recorder is not None:
+                self._recorder.flush()
         self._deliveries.freed(frozenset(self._reader.unfreed()))
         activity.show_all(self._deliveries.statistics())
         self._publish_weights()
@@ -322,6 +332,22 @@ class Training:
         if self._stop_condition.remark:
             activity.warn(self._stop_condition.remark)
         return solved
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """The job continues without a recording that cannot be written."""
+        try:
+            yield
+        except OutputError as error:
+            self._replica.activity.warn(f"nothing more is recorded, from step {self._step}: {error}")
+            self._recorder = None
+
+    def _add_to_recording(self, trajectories: Sequence[Trajectory]) -> None:
+        """As they are before the trainer gets them. Written when their step is committed."""
+        for each in trajectories if self._recorder is not None else ():
+            about = {"step": self._step + 1, "work_item": each.work_item, "weight_version": each.weight_version}
+            assert self._recorder is not None
+            self._recorder.append(each.arrays, about={**about, "metadata": dict(each.metadata)})
 
     def _train_step(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         try:
