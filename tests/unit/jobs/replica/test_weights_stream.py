@@ -104,7 +104,7 @@ def test_sparse_weights_travel_as_what_has_changed(ends: Ends) -> None:
     assert ends.counters["weight_received_bytes"] < ends.counters["weight_bytes"] / 3
 
 
-def test_a_policy_that_starts_again_with_an_older_version_is_followed(ends: Ends) -> None:
+def test_a_restarted_policy_with_an_older_version_is_followed(ends: Ends) -> None:
     with ends.subscriber() as subscriber:
         with ends.publisher() as first:
             first.publish(arrays(7), 7, 1)
@@ -116,7 +116,7 @@ def test_a_policy_that_starts_again_with_an_older_version_is_followed(ends: Ends
 
 
 @pytest.mark.parametrize("lane", ["auto", "tcp"])
-def test_weights_of_a_policy_that_has_died_do_not_keep_rollouts_from_going_on(ends: Ends, lane: str) -> None:
+def test_weights_of_a_policy_that_has_died_let_rollouts_continue(ends: Ends, lane: str) -> None:
     with ends.publisher(lane) as publisher:
         publisher.publish(arrays(0), 0, 1)
     with ends.subscriber(lane, timeout=60.0) as subscriber:
