@@ -71,6 +71,7 @@ def test_architecture_names_every_module_once_and_no_other() -> None:
         "prefetch/",
         "streams/",
         "ucxx/",
+        "recording/",
         "jobs/",
         "jobs/messages/",
         "jobs/queue/",

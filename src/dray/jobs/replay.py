@@ -12,7 +12,7 @@ from dray.recording import Recording
 
 
 class ReplayWorker:
-    """A rollout worker that returns the payloads of a recording, in their order, from the beginning after the last.
+    """A rollout worker that returns the payloads of a recording in their order, after the last the first.
 
     ```toml
     [rollout]

@@ -393,6 +393,7 @@ def test_rule_reads_the_keys_that_it_names_and_no_others(
         ["policy.max_staleness=1", "rollout.concurrency=2"],
         ["policy.replicas=4", "policy.readers=2"],
         ["policy.weights=sparse"],
+        ["policy.record=recording"],
     ):
         recorder = Recorder(load_job(job_file, settings), read)
         assert list(rule(recorder)) == []  # type: ignore[arg-type]
