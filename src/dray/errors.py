@@ -183,6 +183,32 @@ class BufferFullError(SlotError, TimeoutError):
     retryable = True
 
 
+class StoreFullError(BufferFullError):
+    """There was no room in a `dray.integrations.store.PayloadStore` in time.
+
+    Args:
+        message: what was put, and how long it has waited.
+        capacity_bytes: bytes that the store may hold.
+        used_bytes: bytes of the payloads in it.
+        payloads: how many payloads are in it.
+        elapsed: seconds since the call began.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        capacity_bytes: int = 0,
+        used_bytes: int = 0,
+        payloads: int = 0,
+        elapsed: float | None = None,
+    ) -> None:
+        super().__init__(message, elapsed=elapsed)
+        self.capacity_bytes = capacity_bytes
+        self.used_bytes = used_bytes
+        self.payloads = payloads
+
+
 class BufferClosedError(SlotError):
     """The ring, server or client is closed, or belongs to the parent of this forked process."""
 

@@ -81,6 +81,7 @@ class Slot:
     state: SlotState = SlotState.FREE
     sequence: int = -1
     nbytes: int = 0
+    touched: int = 0  # bytes of its memory that a payload was given: it keeps them
     checksum: int | None = None
     committed_at: float = 0.0
     leased_at: float = 0.0  # when it became READING

@@ -41,12 +41,15 @@ class SharedRingBuffer(Closing):
             changed in it: each has the slots whose index modulo `parts` is its number, and a newest payload.
         clock: the source of deadlines and ages.
         prefault: reserve all of the memory now instead of at the first write to each page.
+        capacity_bytes: bytes that all payloads together may have; a claim above it waits. With it, slots that had
+            payloads of a similar size before are used first, so that there can be far more slots than payloads.
+            It excludes ``"overwrite"`` and ``retain="newest"``.
         machine: where locks, and what is shared with direct consumers, come from.
 
     Attributes:
         producer_id: 16 random bytes that name this ring.
         segment: its memory.
-        slots, slot_bytes, on_full, readers, retain, parts, machine: as given.
+        slots, slot_bytes, on_full, readers, retain, parts, capacity_bytes, machine: as given.
 
     Raises:
         ConfigError: an argument is not allowed, or the system cannot provide that much memory.
@@ -64,22 +67,29 @@ class SharedRingBuffer(Closing):
         parts: int = 1,
         clock: Clock = MONOTONIC,
         prefault: bool = False,
+        capacity_bytes: int | None = None,
         machine: Machine = MACHINE,
     ) -> None:
         layout = SegmentLayout(slots, slot_bytes)
         _check_policy(slots=slots, on_full=on_full, readers=readers, retain=retain, parts=parts)
+        if capacity_bytes is not None:
+            checked_int("capacity_bytes", capacity_bytes, slot_bytes, slots * slot_bytes)
+            if on_full == "overwrite" or retain == "newest":
+                raise ConfigError("capacity_bytes", capacity_bytes, 'None with "overwrite" or retain = "newest"')
         self.slots = slots
         self.slot_bytes = slot_bytes
         self.on_full = on_full
         self.readers = readers
         self.retain = retain
         self.parts = parts
+        self.capacity_bytes = capacity_bytes
         self.machine = machine
         self.producer_id = os.urandom(PRODUCER_ID_BYTES)
         self.segment = Segment.create(layout, self.producer_id, prefault=prefault)
         self._table = SlotTable(
-            self.segment, machine, clock, readers=readers, on_full=on_full, retain=retain, parts=parts
-        )
+            self.segment, machine, clock, readers=readers, on_full=on_full, retain=retain, parts=parts,
+            capacity_bytes=capacity_bytes,
+        )  # fmt: skip
 
     def claim(self, nbytes: int, timeout: float | None = 30.0, *, part: int = 0) -> SlotWriter:
         """Take a free slot for a payload of `nbytes` bytes.
@@ -107,7 +117,7 @@ class SharedRingBuffer(Closing):
                 table.check_open()
             if table.lost or table.changing:
                 table.mend()
-            if table.can_claim(part):
+            if table.can_claim(part, nbytes):
                 return self._take_locked(nbytes, part)
         return self._claim_later(nbytes, part, timeout)
 
@@ -132,7 +142,7 @@ class SharedRingBuffer(Closing):
                 self.observe(drop=self.on_full == "overwrite", new_bell=new)
                 with table.lock:
                     self._open_table_locked()
-                    if table.find_free(part):
+                    if table.find_free(part, nbytes):
                         return self._take_locked(nbytes, part)
                     table.check_time(deadline)
                     new = bell.set_locked()
@@ -287,6 +297,19 @@ class SharedRingBuffer(Closing):
         self.observe()
         with self._table.lock:
             return self._open_table_locked().statistics()
+
+    @property
+    def used_bytes(self) -> int:
+        """The bytes of the payloads in the slots, as `statistics` counts them."""
+        self.observe()
+        with self._table.lock:
+            self._open_table_locked()
+            return self._table.room.used
+
+    @property
+    def memory_bytes(self) -> int:
+        """The bytes of memory that slots have: of each, those of the largest payload that was in it."""
+        return self._table.room.memory
 
     # --- direct consumers -------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, TypeAlias
 
 from dray.clock import Clock, Deadline
@@ -32,6 +32,7 @@ from dray.errors import (
 )
 from dray.identifiers import Wanted
 from dray.ring.direct import RESCAN_SECONDS, DirectLeases, Machine
+from dray.ring.free_slots import Room, free_slots
 from dray.ring.layout import (
     CHECKSUM_OFFSET,
     CONSUMED_BY_OFFSET,
@@ -62,13 +63,14 @@ class SlotTable:
 
     def __init__(
         self, segment: Segment, machine: Machine, clock: Clock,
-        *, readers: int, on_full: OnFull, retain: Retain, parts: int,
+        *, readers: int, on_full: OnFull, retain: Retain, parts: int, capacity_bytes: int | None = None,
     ) -> None:  # fmt: skip
         layout = segment.layout
         self._machine = machine
         self.lock = machine.lock()
         self.slots = [Slot(i, layout.header_offset(i), layout.slot_offset(i)) for i in range(layout.slots)]
-        self.free = deque(self.slots)  # the longest free first; with `newest`, by index, for less memory
+        self._on_full, self._retain, self._newest_only = on_full, retain, retain == "newest"
+        self.room, self.free = Room(capacity_bytes), free_slots(self.slots, parts, capacity_bytes, retain)
         self.live: OrderedDict[int, Slot] = OrderedDict()  # the other slots, by sequence number
         self.ready = self.leases = self.double_releases = 0
         self.direct: DirectLeases | None = None  # from the first direct consumer on
@@ -80,7 +82,6 @@ class SlotTable:
         self._claimable = machine.condition(self.lock)
         self._claimers = self.notified = 0  # threads that wait on `_claimable`; how often it was notified
         self._slot_bytes, self._memory = layout.slot_bytes, segment.view
-        self._on_full, self._newest_only = on_full, retain == "newest"
         self._newest: list[Slot | None] = [None] * parts
         self._readers = readers
         self._all_readers = (1 << readers) - 1
@@ -123,8 +124,10 @@ class SlotTable:
                 slot.mend_header(self._memory)
             self._publish(slot)
         self.due = {slot: slot.sequence for slot in self.due if slot.state is _READING}
-        self.free = deque(dict.fromkeys(slot for slot in (*self.free, *self.slots) if slot.state is _FREE))
-        live = sorted((slot for slot in self.slots if slot.state is not _FREE), key=lambda slot: slot.sequence)
+        free = dict.fromkeys(slot for slot in (*self.free, *self.slots) if slot.state is _FREE)
+        live = sorted((slot for slot in self.slots if slot not in free), key=lambda slot: slot.sequence)
+        self.free = free_slots(free, len(self._newest), self.room.capacity, self._retain)
+        self.room.used = sum(slot.nbytes for slot in live)
         self.live = OrderedDict((slot.sequence, slot) for slot in live)
         self.ready = sum(slot.state is _READY for slot in live)
         self.leases = sum(slot.leases for slot in live)
@@ -137,20 +140,17 @@ class SlotTable:
         self._claimable.notify_all()
         self.changing = False
 
-    def can_claim(self, part: int) -> bool:
+    def can_claim(self, part: int, nbytes: int) -> bool:
         """A slot is free, and there is no reason to search for more first."""
         enough = len(self.free) >= (1 if self.direct is None else self._enough)
-        return enough and (len(self._newest) == 1 or any(self._free_for(part)))
+        return enough and self.room.is_ready(part, nbytes, self.free, self.direct is not None)
 
-    def find_free(self, part: int) -> bool:
+    def find_free(self, part: int, nbytes: int) -> bool:
         """A slot is free, perhaps because the oldest payload was dropped."""
         self._enough = min(self._short, max(1, len(self.free) // 2))
         if not self.free and self._on_full == "overwrite" and not self._attached:
             self._drop_oldest()
-        return any(self._free_for(part))
-
-    def _free_for(self, part: int) -> Iterator[Slot]:
-        return iter(self.free) if (n := len(self._newest)) == 1 else (s for s in self.free if s.index % n == part)
+        return self.room.note_scan(nbytes) and self.free.has(part)
 
     def check_time(self, deadline: Deadline) -> None:
         """Return if a claim may wait for a slot.
@@ -165,7 +165,7 @@ class SlotTable:
         failed = "" if self.direct is None else self.direct.barriers.error
         why = f"; membarrier has failed: {failed}" if failed else ""
         raise BufferFullError(
-            f"no slot became free: {count} of {len(self.slots)} slots{why}", elapsed=deadline.elapsed
+            f"no slot became free: {count} of {len(self.slots)} slots{self.room}{why}", elapsed=deadline.elapsed
         )
 
     def wait_for_slot(self, deadline: Deadline) -> None:
@@ -201,16 +201,15 @@ class SlotTable:
             self._late_looks += (self.notified, self._consumed) != before
 
     def claim(self, nbytes: int, part: int) -> Slot:
-        """FREE → WRITING for the first free slot of `part`; there must be one.
+        """FREE → WRITING for a free slot of `part`; there must be one.
 
         The caller sets `changing` before, and clears it when the slot refers to its writer.
         """
-        slot = next(self._free_for(part))
-        self.free.remove(slot)
+        slot = self.free.pop_for(nbytes, part)
+        self.room.claim(slot, nbytes)
         slot.state = after(slot.state, _CLAIM)
         slot.sequence = sequence = self._claimed
         self._claimed = sequence + 1
-        slot.nbytes = nbytes
         slot.checksum = None
         slot.consumed_by = 0
         slot.delivered = slot.retired = False
@@ -223,6 +222,7 @@ class SlotTable:
         """WRITING → READY with `nbytes` bytes; with ``retain="newest"``, the one of its part before it retires."""
         slot.committed_at = now = self._now()
         slot.state = after(slot.state, _COMMIT)
+        self.room.used += nbytes - slot.nbytes
         slot.nbytes = nbytes
         slot.writer = None
         self.ready += 1
@@ -453,8 +453,8 @@ class SlotTable:
         slot.state = after(slot.state, event)
         self._memory[slot.header + STATE_OFFSET] = _FREE
         del self.live[slot.sequence]
-        before = sum(each.index < slot.index for each in self.free) if self._newest_only else len(self.free)
-        self.free.insert(before, slot)
+        self.room.used -= slot.nbytes
+        self.free.append(slot)
 
     # --- direct consumers -------------------------------------------------------------------------------------
 
