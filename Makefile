@@ -37,7 +37,7 @@ BIN := .venv/bin
 PARALLEL := -n $(WORKERS) --maxschedchunk 4
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo grpo check test test-slurm lint format bench bench-peers exchange simulate model soak storm stress flood fuzz jobs chain endurance devmode mutants mutmut lowest pythons wheel clean docs
+.PHONY: help demo grpo check test test-slurm lint format bench bench-peers exchange simulate model soak storm stress flood fuzz jobs chain endurance devmode mutants mutmut lowest pythons integrations wheel clean docs
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -126,6 +126,9 @@ lowest: .venv/dev.stamp ## the lowest versions that pyproject.toml declares, ins
 
 pythons: .venv/dev.stamp ## the quick tests with each Python that is found, 3.11 to 3.14, and a table (PYTHONS_ARGS="--python 3.13")
 	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tests/pythons.py $(PYTHONS_ARGS)
+
+integrations: .venv/dev.stamp ## dray behind the frameworks it integrates with, each installed in the user's cache: a table (INTEGRATIONS_ARGS=ray)
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tests/integrations/run.py $(INTEGRATIONS_ARGS)
 
 wheel: .venv/dev.stamp ## the source distribution and the wheel, in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
