@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from dray.errors import MissingDependencyError, PayloadFormatError
+from dray.errors import ConfigError, MissingDependencyError, PayloadFormatError
 from dray.payload.ragged import map_arrays
 
 if TYPE_CHECKING:
@@ -125,6 +125,15 @@ def to_torch(
         values, convert, lambda rows: to_jagged(convert(rows.values), convert(rows.offsets))
     )
     return tensors
+
+
+def check_device(setting: str, device: str) -> None:
+    """Raise `ConfigError` unless torch knows `device`, and `MissingDependencyError` without torch."""
+    pytorch = _torch()
+    try:
+        pytorch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(setting, device, f"a device of torch ({error})") from error
 
 
 def _torch() -> Any:

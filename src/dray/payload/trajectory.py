@@ -7,6 +7,7 @@ fields belong to the whole trajectory. ``episode_length`` is the number of steps
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy.typing as npt
 
@@ -46,6 +47,25 @@ def resolve_episode_length(arrays: Mapping[str, npt.ArrayLike], per_step: Collec
     if length < 0 or (rows is not None and length > rows):
         raise SchemaError(f"field {EPISODE_LENGTH!r} is {length}, but the per-step fields have {rows} rows")
     return length
+
+
+def trim(values: Mapping[str, Any], per_step: Collection[str] = ()) -> dict[str, Any]:
+    """Return a trajectory whose per-step fields end with ``episode_length``: views, without the padding.
+
+    Without ``episode_length``, all fields are returned as they are.
+
+    Args:
+        values: the trajectory.
+        per_step: names of further per-step fields, beside `STEP_FIELDS`.
+
+    Raises:
+        SchemaError: ``episode_length`` does not fit the per-step fields.
+    """
+    if EPISODE_LENGTH not in values:
+        return dict(values)
+    length = resolve_episode_length(values, per_step)
+    steps = {name for name in values if name in STEP_FIELDS or name in per_step}
+    return {name: value[:length] if name in steps else value for name, value in values.items()}
 
 
 def _rows(arrays: Mapping[str, npt.ArrayLike], per_step: Collection[str]) -> int | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from dray.clock import Deadline
-from dray.errors import BufferClosedError, DrayError, ProtocolError
+from dray.errors import BufferClosedError, ConfigError, DrayError, ProtocolError
 from dray.payload import torch_interop
 from dray.payload.trajectory import EPISODE_LENGTH, resolve_episode_length
 from dray.protocol import PayloadRef
@@ -18,6 +19,8 @@ from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer
 from dray.transport.server_statistics import ServerStatistics
 from dray.ucxx.config import UCXXBufferConfig, UCXXConfig
+
+logger = logging.getLogger("dray.ucxx")
 
 PAYLOAD_KEY = "dray_payload"
 """The key of a completion. Its value is the text of a reference; a framework may add keys of its own."""
@@ -55,8 +58,10 @@ class UCXXBuffer(Closing):
                 idle_timeout=self.config.idle_timeout,
                 secret=self.config.secret,
             )
-        except BaseException:
+        except BaseException as error:
             self.ring.close()
+            if isinstance(error, ConfigError) and error.key == "threads":
+                raise ConfigError("n_server_threads", error.value, error.allowed) from error
             raise
 
     def write(
@@ -141,11 +146,20 @@ class UCXXRolloutMixin:
         *,
         metadata: Mapping[str, str] | None = None,
         timeout: float | None = None,
-    ) -> Completion:
-        """Call `UCXXBuffer.write`."""
+    ) -> Completion | None:
+        """Call `UCXXBuffer.write`. With ``on_error = "none"``, a trajectory that cannot be written is logged.
+
+        Returns None for such a trajectory, else its completion.
+        """
         if self.ucxx_buffer is None:
             raise BufferClosedError('there is no buffer: call setup_ucxx with payload_transfer "ucxx" first')
-        return self.ucxx_buffer.write(trajectory, metadata=metadata, timeout=timeout)
+        try:
+            return self.ucxx_buffer.write(trajectory, metadata=metadata, timeout=timeout)
+        except DrayError as error:
+            if self.ucxx_buffer.config.on_error == "raise":
+                raise
+            logger.warning("trajectory not written: %s", error)
+            return None
 
     def cleanup_ucxx(self, drain: float = 0.0) -> int:
         """Wait up to `drain` seconds for consumers and close the buffer; return how many payloads are unread.

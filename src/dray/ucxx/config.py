@@ -1,4 +1,4 @@
-"""The configuration of `dray.ucxx`. It is parsed once; an unknown key is an error."""
+"""The configuration of `dray.ucxx`. It is parsed once; an unknown key of it is an error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from dray.errors import ConfigError
 from dray.payload import PayloadSchema, TensorSpec
@@ -19,21 +19,29 @@ MAX_SECONDS = 86_400.0
 
 
 class _Table:
-    """A configuration that can be parsed from a table of a configuration file."""
+    """A configuration that can be parsed from a table of a configuration file.
+
+    Attributes:
+        prefix: how the keys of this configuration begin, if the table may be a framework's, with keys of its own.
+    """
+
+    prefix: ClassVar[str] = ""
 
     @classmethod
     def parse(cls, table: Mapping[str, Any]) -> Self:
         """Return the configuration with the values of a table, and defaults for absent keys.
 
+        Unknown keys that do not begin with `prefix` belong to another program and are ignored.
+
         Raises:
-            ConfigError: a key is unknown or a value is not allowed.
+            ConfigError: a key that begins with `prefix` is unknown, or a value is not allowed.
         """
         known = [each.name for each in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for key, value in table.items():
-            if key not in known:
+            if key not in known and str(key).startswith(cls.prefix):
                 keys = f"the keys are {', '.join(known)}"
                 raise ConfigError(str(key), value, keys, "is no key of this configuration")
-        return cls(**table)
+        return cls(**{key: table[key] for key in known if key in table})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +54,34 @@ class UCXXConfig(_Table):
         ucxx_prefetch_timeout: seconds for a whole batch with all its retries.
         ucxx_read_max_attempts: reads of one reference in one round.
         ucxx_read_timeout: seconds for one read of a payload, or of a group of a batch's payloads.
+        ucxx_trim: cut the per-step fields of a trajectory that is read to its ``episode_length``.
+        ucxx_per_step: names of per-step fields that are cut, beside `dray.payload.trajectory.STEP_FIELDS`.
+        ucxx_device: None returns NumPy arrays; a device such as ``"cpu"`` or ``"cuda:0"``, torch tensors there.
 
     Raises:
         ConfigError: a value is not allowed.
     """
 
+    prefix: ClassVar[str] = "ucxx_"
+
     payload_transfer: Literal["ucxx", "redis"] = "ucxx"
     ucxx_prefetch_timeout: float = 60.0
     ucxx_read_max_attempts: int = 2
     ucxx_read_timeout: float = 30.0
+    ucxx_trim: bool = False
+    ucxx_per_step: Collection[str] = ()
+    ucxx_device: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("payload_transfer", self.payload_transfer, ("ucxx", "redis"))
         _seconds("ucxx_prefetch_timeout", self.ucxx_prefetch_timeout)
         _count("ucxx_read_max_attempts", self.ucxx_read_max_attempts, 1, 100)
         _seconds("ucxx_read_timeout", self.ucxx_read_timeout)
+        if type(self.ucxx_trim) is not bool:
+            raise ConfigError("ucxx_trim", self.ucxx_trim, "true or false")
+        _names("ucxx_per_step", self.ucxx_per_step)
+        if self.ucxx_device is not None and not isinstance(self.ucxx_device, str):
+            raise ConfigError("ucxx_device", self.ucxx_device, 'None, or a device as text, such as "cuda:0"')
 
     @property
     def enabled(self) -> bool:
@@ -81,9 +102,12 @@ class UCXXBufferConfig(_Table):
             any host. None means ``shm`` and, with a secret, ``ucx``.
         host: address to listen on and to advertise.
         port: first port to try; 0 lets the system choose.
-        n_server_threads: server threads, each with its own endpoints.
+        n_server_threads: server threads, 1 to 16, each with an endpoint on each lane. A reference of at most 512
+            bytes carries them all, so fewer than 16 fit with several lanes: more is an error at start.
         idle_timeout: seconds after which the server closes an idle connection.
         write_timeout: seconds that a write waits for a free slot.
+        on_error: what `UCXXRolloutMixin.write_to_buffer` does with a trajectory that cannot be written:
+            ``"raise"``, or ``"none"``: log why, and return None.
         schema: fields of a trajectory; ``episode_length`` is added if it is not among them.
         per_step: names of fields with one row for each step, beside `dray.payload.trajectory.STEP_FIELDS`.
         secret: the job's secret, at least 16 random bytes, which consumers must have; required to listen on
@@ -103,6 +127,7 @@ class UCXXBufferConfig(_Table):
     n_server_threads: int = 2
     idle_timeout: float = 120.0
     write_timeout: float = 60.0
+    on_error: Literal["raise", "none"] = "raise"
     schema: PayloadSchema | None = None
     per_step: Collection[str] = ()
     secret: bytes | None = field(default=None, repr=False)
@@ -120,8 +145,8 @@ class UCXXBufferConfig(_Table):
         _seconds("write_timeout", self.write_timeout)
         if self.schema is not None and not isinstance(self.schema, PayloadSchema):
             raise ConfigError("schema", self.schema, "a PayloadSchema")
-        if isinstance(self.per_step, str):
-            raise ConfigError("per_step", self.per_step, "a list of field names")
+        _one_of("on_error", self.on_error, ("raise", "none"))
+        _names("per_step", self.per_step)
         check_secret(self.secret)
 
     @property
@@ -148,6 +173,11 @@ def _seconds(key: str, value: object) -> None:
     number = type(value) in (int, float)
     if not number or math.isnan(value) or not 0 < value <= MAX_SECONDS:  # type: ignore[arg-type, operator]
         raise ConfigError(key, value, f"a number of seconds, above 0 and at most {MAX_SECONDS:g}")
+
+
+def _names(key: str, value: object) -> None:
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise ConfigError(key, value, "a list of field names")
 
 
 def _one_of(key: str, value: object, allowed: Sequence[str]) -> None:

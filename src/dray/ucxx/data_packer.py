@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Collection, Generator, Iterable, Mapping
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from dray.clock import Stopwatch
 from dray.counters import Counters
@@ -17,11 +17,14 @@ from dray.errors import (
     DrayError,
     ProducerLostError,
     ProtocolError,
+    SchemaError,
     StaleSlotError,
     TransportError,
 )
-from dray.payload import Arrays
+from dray.payload import Arrays, torch_interop
+from dray.payload.trajectory import trim
 from dray.prefetch import BatchReader, BatchReaderStatistics, Fetched
+from dray.prefetch.batch import Outcome
 from dray.protocol import PayloadRef
 from dray.resources import Closing
 from dray.transport import ClientStatistics, PayloadClient
@@ -31,6 +34,8 @@ from dray.ucxx.buffer import is_completion, reference_of
 from dray.ucxx.config import UCXXConfig
 
 logger = logging.getLogger("dray.ucxx")
+
+Presentable = TypeVar("Presentable", Arrays, Outcome)
 
 MIN_LATE_SECONDS = 1.0  # for a payload that did not arrive with its batch
 
@@ -47,6 +52,13 @@ def _open_client(lane: LaneChoice, secret: bytes | None, reader: int) -> Payload
     if lane == "auto":
         require()
     return PayloadClient(lane=lane, secret=secret, reader=reader)
+
+
+class _Ended:
+    """Nothing is left to wait for."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield from ()
 
 
 class UCXXClient(Closing):
@@ -66,9 +78,10 @@ class UCXXClient(Closing):
         """Return `PayloadClient.statistics`."""
         return self._client.statistics()
 
-    def close(self) -> None:
-        """Close the client. Twice is fine."""
+    def close(self) -> Awaitable[None]:  # type: ignore[override]
+        """Close the client. Twice is fine. ``await client.close()`` is possible; the call itself closes."""
         self._client.close()
+        return _Ended()
 
     async def __aenter__(self) -> Self:
         return self
@@ -76,7 +89,7 @@ class UCXXClient(Closing):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        await self.close()
 
 
 class LateReads:
@@ -122,7 +135,7 @@ class CompletionReader(Closing):
     """Prefetches payloads, and resolves completions to arrays. Thread-safe.
 
     Args:
-        config: timeouts and attempts.
+        config: timeouts, attempts, and what arrays become: trimmed, NumPy arrays or torch tensors.
         lane: ``"auto"`` uses ``shm`` on the same host, else ``ucx``, else ``tcp``; or the lanes to use.
         secret: the job's secret, if servers have one.
         reader: this consumer's reader id, if payloads are meant for several.
@@ -130,7 +143,7 @@ class CompletionReader(Closing):
 
     Raises:
         ConfigError: an argument is not allowed.
-        MissingDependencyError: `ucxx` is needed and not installed; the text has the command that installs it.
+        MissingDependencyError: `ucxx` or torch is needed and not installed; see `UCXXBuffer`.
     """
 
     def __init__(
@@ -144,6 +157,8 @@ class CompletionReader(Closing):
     ) -> None:
         self.config = config or UCXXConfig()
         self._time = self.config.ucxx_prefetch_timeout
+        if self.config.ucxx_device is not None:
+            torch_interop.check_device("ucxx_device", self.config.ucxx_device)
         self._client = _open_client(lane, secret, reader)
         self._batches = BatchReader(
             self._client,
@@ -182,13 +197,26 @@ class CompletionReader(Closing):
         """Fetch a batch when the one before it is collected; False if one is deferred already."""
         return self._batches.defer(self._references(batch), timeout=self._time)
 
-    def read_one(self, ref: PayloadRef, *, timeout: float | None = None) -> Arrays:
+    def read_one(self, ref: PayloadRef, *, timeout: float | None = None, consume: bool = True) -> Arrays:
         """Layer 2: `BatchReader.read_one`, by default within ``ucxx_prefetch_timeout``."""
-        return self._batches.read_one(ref, timeout=self._time if timeout is None else timeout)
+        seconds = self._time if timeout is None else timeout
+        return self._presented(self._batches.read_one(ref, timeout=seconds, consume=consume))
 
-    def fetch_all(self, refs: Iterable[PayloadRef], *, timeout: float | None = None) -> list[Fetched]:
-        """Layer 3: `BatchReader.fetch_all`, by default within ``ucxx_prefetch_timeout``."""
-        return self._batches.fetch_all(refs, timeout=self._time if timeout is None else timeout)
+    def fetch_all(
+        self, refs: Iterable[PayloadRef], *, timeout: float | None = None, consume: bool = True
+    ) -> list[Fetched]:
+        """Layer 3: `BatchReader.fetch_all`, by default within ``ucxx_prefetch_timeout``.
+
+        With ``consume=False`` the payloads stay with their producers, until they are read again or discarded.
+        """
+        seconds = self._time if timeout is None else timeout
+        results = []
+        for each in self._batches.fetch_all(refs, timeout=seconds, consume=consume):
+            try:
+                results.append(replace(each, outcome=self._presented(each.outcome)))
+            except SchemaError as error:
+                results.append(replace(each, outcome=error))
+        return results
 
     def resolve(self, completion: object) -> Arrays | None:
         """Return the arrays that a completion stands for, prefetched or read now; None if they are not available.
@@ -210,8 +238,13 @@ class CompletionReader(Closing):
         if fetched is None:
             return self._read_now(ref, self._time)
         if not isinstance(fetched.outcome, DrayError):
+            try:
+                arrays = self._presented(fetched.outcome)
+            except SchemaError as error:
+                self._skip(error, ref)
+                return None
             self._counters.add("prefetched")
-            return fetched.outcome
+            return arrays
         if fetched.outcome.retryable:
             stopwatch = Stopwatch()
             try:
@@ -249,6 +282,14 @@ class CompletionReader(Closing):
             return None
         self._counters.add("read_at_once")
         return arrays
+
+    def _presented(self, outcome: Presentable) -> Presentable:
+        """The arrays as the configuration asks for them; an error as it is."""
+        if isinstance(outcome, DrayError):
+            return outcome
+        values: Any = trim(outcome, self.config.ucxx_per_step) if self.config.ucxx_trim else outcome
+        device = self.config.ucxx_device
+        return values if device is None else torch_interop.to_torch(values, device)
 
     def _references(self, batch: Iterable[object]) -> list[PayloadRef]:
         """The references in a batch. Broken ones are left out: `resolve` counts them."""
@@ -365,13 +406,15 @@ class UCXXDataPackerMixin:
 
     # Frameworks know these two names, so they are a part of the documented surface.
 
-    def _read_one(self, ref: PayloadRef, timeout: float | None = None) -> Arrays:
+    def _read_one(self, ref: PayloadRef, timeout: float | None = None, consume: bool = True) -> Arrays:
         """Call `CompletionReader.read_one`: layer 2."""
-        return self._reader.read_one(ref, timeout=timeout)
+        return self._reader.read_one(ref, timeout=timeout, consume=consume)
 
-    def _ucxx_dp_fetch_all(self, refs: Iterable[PayloadRef], timeout: float | None = None) -> list[Fetched]:
+    def _ucxx_dp_fetch_all(
+        self, refs: Iterable[PayloadRef], timeout: float | None = None, consume: bool = True
+    ) -> list[Fetched]:
         """Call `CompletionReader.fetch_all`: layer 3."""
-        return self._reader.fetch_all(refs, timeout=timeout)
+        return self._reader.fetch_all(refs, timeout=timeout, consume=consume)
 
     @property
     def _reader(self) -> CompletionReader:

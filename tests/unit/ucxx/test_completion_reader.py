@@ -8,12 +8,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from optional import imported_later
 from waiting import wait_until
 
-from dray.errors import BufferClosedError, DrayError, StaleSlotError
+from dray.errors import BufferClosedError, ConfigError, DrayError, SchemaError, StaleSlotError
 from dray.protocol import PayloadRef
 from dray.ucxx import CompletionReader, UCXXBuffer, UCXXBufferConfig, UCXXConfig, completion_for, reference_of
 from dray.ucxx.data_packer import MIN_LATE_SECONDS, LateReads
+
+torch = imported_later("torch")
 
 
 @pytest.fixture
@@ -144,6 +147,56 @@ def test_a_skipped_payload_that_is_still_there_is_freed(buffer: UCXXBuffer, read
     assert reader.resolve(completion_for(oversized)) is None
     assert reader.statistics().skipped_other == 1
     wait_until(lambda: buffer.ring.statistics().free == 16, "its slot to be free again")
+
+
+def test_a_trajectory_is_cut_to_its_length_if_asked_for(buffer: UCXXBuffer) -> None:
+    padded = {"rewards": np.arange(8.0), "tokens": np.zeros((8, 2)), "weights": np.ones(8), "episode_length": 5}
+    config = UCXXConfig(ucxx_trim=True, ucxx_per_step=["tokens"])
+    with CompletionReader(config, lane="shm") as reader:
+        batch = [buffer.write(padded) for _ in range(3)]
+        assert reader.start_prefetch(batch[:1])
+        assert reader.collect_prefetch() == 1
+        (fetched,) = reader.fetch_all([reference_of(batch[2])])
+        for arrays in (reader.resolve(batch[0]), reader.resolve(batch[1]), fetched.outcome):
+            assert isinstance(arrays, dict)
+            assert {name: len(value) for name, value in arrays.items() if value.ndim} == {
+                "rewards": 5, "tokens": 5, "weights": 8
+            }  # fmt: skip
+
+
+def test_a_length_that_fits_no_field_skips_the_episode_and_no_other(buffer: UCXXBuffer) -> None:
+    with CompletionReader(UCXXConfig(ucxx_trim=True), lane="shm") as reader:
+        wrong = [buffer.write({"rewards": [1.0, 2.0], "episode_length": 9}) for _ in range(3)]
+        good, without = buffer.write({"rewards": [3.0]}), completion_for(buffer.server.put({"text": [1]}))
+        reader.start_prefetch([wrong[0], good])
+        reader.collect_prefetch()
+        assert [reader.resolve(each) is None for each in (*wrong[:2], good, without)] == [True, True, False, False]
+        (fetched,) = reader.fetch_all([reference_of(wrong[2])])
+        assert isinstance(fetched.outcome, SchemaError)
+        assert reader.statistics().skipped_other == 2
+
+
+def test_tensors_come_on_the_device_that_is_asked_for(buffer: UCXXBuffer) -> None:
+    with CompletionReader(UCXXConfig(ucxx_device="cpu", ucxx_trim=True), lane="shm") as reader:
+        completion = buffer.write({"rewards": np.arange(4, dtype=np.float32), "episode_length": 2})
+        arrays = reader.resolve(completion)
+        assert arrays is not None
+        assert torch.equal(arrays["rewards"], torch.tensor([0.0, 1.0]))
+        assert arrays["rewards"].device.type == "cpu"
+    with pytest.raises(ConfigError, match="ucxx_device"):
+        CompletionReader(UCXXConfig(ucxx_device="nowhere"), lane="shm")
+
+
+def test_what_is_fetched_without_consuming_may_be_read_again_until_it_is_discarded(
+    buffer: UCXXBuffer, reader: CompletionReader
+) -> None:
+    refs = [reference_of(each) for each in write(buffer, 1.0, 2.0)]
+    for _ in range(2):
+        assert [reward(each.outcome) for each in reader.fetch_all(refs, consume=False)] == [1.0, 2.0]  # type: ignore[arg-type]
+    assert reward(reader.read_one(refs[0], consume=False)) == 1.0
+    assert buffer.ring.statistics().free == 14
+    reader.discard(refs)
+    wait_until(lambda: buffer.ring.statistics().free == 16, "the slots to be free again")
 
 
 def test_layers_two_and_three_are_there_for_references(buffer: UCXXBuffer, reader: CompletionReader) -> None:

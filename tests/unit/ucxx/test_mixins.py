@@ -149,6 +149,8 @@ def test_two_batches_are_double_buffered(rollout: Rollout, packer: Packer) -> No
 def test_layers_two_and_three_have_the_names_frameworks_know(rollout: Rollout, packer: Packer) -> None:
     first, second = (reference_of(rollout.write_to_buffer({"rewards": [float(n)]})) for n in range(2))
     assert packer.read_one(first)["rewards"] == [0.0]
+    _, came = packer._ucxx_dp_fetch_all([first, second], consume=False)  # noqa: SLF001 - a documented name
+    assert not isinstance(came.outcome, DrayError)
     stale, came = packer.fetch_all([first, second], timeout=10)
     assert isinstance(stale.outcome, StaleSlotError)
     assert not isinstance(came.outcome, DrayError)
@@ -238,6 +240,35 @@ def test_set_up_twice_is_an_error_and_cleaned_up_twice_is_fine(rollout: Rollout,
     assert packer.cleanup_ucxx_reader()
     assert packer.cleanup_ucxx_reader()
     packer.setup_ucxx_reader(lane="shm")
+
+
+def test_a_trajectory_that_cannot_be_written_is_none_if_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    rollout = Rollout()
+    rollout.setup_ucxx({"lane": "shm", "slots": 1, "on_error": "none", "write_timeout": 0.05})
+    assert rollout.write_to_buffer({"rewards": [1.0]}) is not None
+    assert rollout.write_to_buffer({"rewards": [1.0]}) is None
+    assert rollout.write_to_buffer({"rewards": object()}) is None
+    assert [record.name for record in caplog.records] == ["dray.ucxx"] * 2
+    rollout.cleanup_ucxx()
+    with pytest.raises(BufferClosedError):
+        rollout.write_to_buffer({"rewards": [1.0]})
+
+
+def test_a_full_buffer_drops_the_oldest_payload_if_asked_for(packer: Packer) -> None:
+    rollout = Rollout()
+    rollout.setup_ucxx({"lane": "shm", "slots": 2, "on_full": "overwrite"})
+    batch = [rollout.write_to_buffer({"rewards": [float(number)]}) for number in range(3)]
+    assert [packer.get_policy_input(0, each) is None for each in batch] == [True, False, False]
+    rollout.cleanup_ucxx()
+
+
+def test_a_full_buffer_has_room_again_when_discards_are_freed(packer: Packer) -> None:
+    rollout = Rollout()
+    rollout.setup_ucxx({"lane": "shm", "slots": 2, "write_timeout": 20})
+    batch = [rollout.write_to_buffer({"rewards": [1.0]}) for _ in range(2)]
+    packer.discard_completions([SimpleNamespace(completion=each) for each in batch])
+    assert rollout.write_to_buffer({"rewards": [2.0]}) is not None
+    rollout.cleanup_ucxx()
 
 
 def test_settings_are_parsed_strictly() -> None:

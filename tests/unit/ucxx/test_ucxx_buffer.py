@@ -138,6 +138,28 @@ async def read_with_asyncio(buffer: UCXXBuffer) -> float:
         return float(arrays["rewards"][0])
 
 
+async def close_with_and_without_await() -> None:
+    client = UCXXClient(lane="shm")
+    assert await client.close() is None
+    client.close()
+    with UCXXClient(lane="shm"):
+        pass
+
+
+def test_a_client_may_be_closed_with_await() -> None:
+    import asyncio
+
+    asyncio.run(close_with_and_without_await())
+
+
+def test_more_server_threads_than_a_reference_can_name_are_refused_by_the_name_of_the_setting() -> None:
+    with local(lane="tcp", n_server_threads=16) as buffer:
+        assert len(reference_of(buffer.write({"rewards": [1.0]})).endpoints) == 16
+    with pytest.raises(ConfigError, match="512 bytes") as raised:
+        local(lane=("shm", "tcp"), n_server_threads=16)
+    assert raised.value.key == "n_server_threads"
+
+
 def test_a_client_reads_from_asyncio() -> None:
     import asyncio
 

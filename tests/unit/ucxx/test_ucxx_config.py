@@ -41,6 +41,9 @@ def test_the_four_keys_are_accepted() -> None:
         ("ucxx_read_timeout", 86_401, "at most 86400"),
         ("ucxx_read_max_attempts", 0, "a whole number from 1 to 100"),
         ("ucxx_read_max_attempts", 2.0, "a whole number"),
+        ("ucxx_trim", 1, "true or false"),
+        ("ucxx_per_step", "tokens", "a list of field names"),
+        ("ucxx_device", 0, "a device as text"),
         ("ucxx_prefetch_timeot", 60, "the keys are payload_transfer, ucxx_prefetch_timeout"),
     ],
 )
@@ -52,10 +55,19 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(key: str, value: Any
     assert allowed in raised.value.allowed
 
 
+def test_keys_of_the_framework_in_the_same_table_are_ignored_and_misspelt_ones_of_the_transport_are_not() -> None:
+    table = {"ucxx_read_timeout": 5, "env_name": "CartPole-v1", "nccl_max_live_comms": 64}
+    assert UCXXConfig.parse(table) == UCXXConfig(ucxx_read_timeout=5)
+    with pytest.raises(ConfigError) as raised:
+        UCXXConfig.parse({**table, "ucxx_read_timeot": 5})
+    assert raised.value.key == "ucxx_read_timeot"
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("slots", 0),
+        ("on_error", None),
         ("slot_bytes", 1.5),
         ("on_full", "drop"),
         ("readers", 65),
