@@ -12,8 +12,16 @@ import pytest
 from stream_fixtures import SECONDS, Route, forked, in_thread, route
 from waiting import wait_until
 
-from dray import Publisher, Subscriber
-from dray.errors import BufferClosedError, BufferFullError, ConfigError, SelectionError, StreamTimeout
+from dray import Publisher, Subscriber, TensorSpec
+from dray.errors import (
+    BufferClosedError,
+    BufferFullError,
+    ConfigError,
+    PayloadTooLargeError,
+    SchemaError,
+    SelectionError,
+    StreamTimeout,
+)
 
 __all__ = ["route"]
 
@@ -273,3 +281,59 @@ def test_a_part_that_a_version_does_not_have_is_an_error(route: Route) -> None:
         publisher.publish(MODEL)
         with pytest.raises(SelectionError, match="has no field 'v'"):
             subscriber.newest(timeout=SECONDS)
+
+
+def test_a_version_that_is_written_in_place_is_like_any_other(route: Route) -> None:
+    fields = {"w": TensorSpec("F32", (1000,)), "b": TensorSpec("I64", ())}
+    with publisher_of(route) as publisher, subscriber_of(route) as subscriber:
+        for version in (1, 2, 3):
+            with publisher.writing(fields) as arrays:
+                arrays["w"][...] = version
+                arrays["b"][...] = version
+            assert publisher.version == version
+            found = subscriber.newest(after=version - 1, timeout=SECONDS)
+            assert set(found["w"].tolist()) == {float(version)} == {float(found["b"])}
+            del found
+        with pytest.raises(ValueError, match="read-only"):
+            arrays["w"][...] = 0
+        assert publisher.publish(weights(4)) == 4
+        assert float(subscriber.newest(after=3, timeout=SECONDS)["w"][0]) == 4
+
+
+def test_an_exception_while_a_version_is_written_leaves_the_one_before(route: Route) -> None:
+    def fail(publisher: Publisher) -> None:
+        with publisher.writing({"w": TensorSpec("F32", (1000,))}) as arrays:
+            arrays["w"][...] = 5
+            raise ZeroDivisionError
+
+    with publisher_of(route) as publisher, subscriber_of(route) as subscriber:
+        publisher.publish(weights(1))
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError):
+                fail(publisher)
+        assert publisher.version == 1
+        assert float(subscriber.newest(timeout=SECONDS)["w"][0]) == 1
+        assert publisher.publish(weights(2)) == 2
+
+
+def test_a_version_that_cannot_be_written_is_refused() -> None:
+    with Publisher("refused", scope="refused", slot_bytes=4096) as publisher:
+        with (
+            pytest.raises(SchemaError, match="lengths must be numbers"),
+            publisher.writing({"w": TensorSpec("F32", (None, 3))}),
+        ):
+            pass
+        with pytest.raises(PayloadTooLargeError), publisher.writing({"w": TensorSpec("F32", (5000,))}):
+            pass
+        with pytest.raises(ConfigError, match="version"), publisher.writing({}, 0):
+            pass
+    with pytest.raises(BufferClosedError), publisher.writing({}):
+        pass
+
+
+def test_a_version_whose_number_another_thread_has_published_is_refused() -> None:
+    with Publisher("overtaken", scope="overtaken", versions=3) as publisher:
+        with pytest.raises(ConfigError, match="that no other thread has published"):
+            with publisher.writing({"w": TensorSpec("F32", (3,))}):
+                publisher.publish(weights(1))
+        assert publisher.version == 1

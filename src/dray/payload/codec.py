@@ -21,12 +21,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dray.errors import PayloadFormatError, PayloadTooLargeError
+from dray.errors import PayloadFormatError, PayloadTooLargeError, SchemaError
 from dray.payload import tree
 from dray.payload.header import Header, Layout, build_header, parse_header
-from dray.payload.schema import Array, Arrays, FittedField, PayloadSchema, Values, as_array, store
+from dray.payload.schema import Array, Arrays, FittedField, PayloadSchema, TensorSpec, Values, as_array, store
 from dray.payload.selection import Selection, part_of
 from dray.payload.tree import Field, Tensors, Tree
+from dray.text import printable_value
 
 Image: TypeAlias = bytes | bytearray | memoryview | mmap.mmap | npt.NDArray[np.uint8]
 """Memory that holds an image."""
@@ -117,6 +118,39 @@ def plan(
             (name, dtype, array.shape) for name, (_, array, dtype, _) in zip(structure.names, fitted, strict=True)
         ]
     return PackPlan(*build_header(fields, metadata, structure), sources, fitted)
+
+
+class BlankPlan:
+    """An image of `nbytes` bytes whose arrays are still to be filled."""
+
+    __slots__ = ("_header", "_layout", "nbytes")
+
+    def __init__(self, header: npt.NDArray[np.uint8], layout: Layout) -> None:
+        self.nbytes: int = layout.nbytes
+        self._header = header
+        self._layout = layout
+
+    def begin(self, target: Image) -> Arrays:
+        """Write the header into `target`, which has `nbytes` bytes; returns its arrays, to be filled in place."""
+        root = _as_root(target)
+        root[: len(self._header)] = self._header
+        return _views(root, self._layout)
+
+
+def plan_blank(fields: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> BlankPlan:
+    """Return the plan of an image with arrays of these dtypes and shapes, which are filled later.
+
+    Raises:
+        SchemaError: a shape has a dimension of no fixed length; the message names the field.
+        PayloadFormatError: a name or the metadata cannot be carried.
+    """
+    described: list[Field] = []
+    for name, spec in fields.items():
+        shape = tuple(length for length in spec.shape if length is not None)
+        if len(shape) < len(spec.shape):
+            raise SchemaError(f"field {printable_value(name)} has shape {spec.shape}, and lengths must be numbers")
+        described.append((name, spec.numpy_dtype, shape))
+    return BlankPlan(*build_header(described, metadata))
 
 
 def pack(

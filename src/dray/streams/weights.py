@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Final, Literal, Self, get_args
@@ -15,7 +15,8 @@ from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import BufferClosedError, BufferFullError, ConfigError, StaleSlotError
 from dray.exclusive import Exclusive
 from dray.forking import here
-from dray.payload.codec import plan
+from dray.payload.codec import plan, plan_blank
+from dray.payload.schema import Array, TensorSpec
 from dray.payload.selection import Fields, Rows, Selection
 from dray.protocol.handshake import check_secret
 from dray.resources import Closing
@@ -141,14 +142,50 @@ class Publisher(Closing):
             BufferFullError: a subscriber did not give up an old version in time; the message names its process.
             BufferClosedError: the publisher is closed.
         """
+        number = self._checked_number(version)
+        packed = plan(arrays, metadata=self._metadata)
+        with self._version(packed.nbytes, number, timeout) as memory:
+            packed.write(memory)
+        return number
+
+    @contextlib.contextmanager
+    def writing(
+        self, fields: Mapping[str, TensorSpec], version: int | None = None, *, timeout: float | None = 30.0
+    ) -> Iterator[dict[str, Array]]:
+        """Write the next version in place: the block fills its arrays, and the end of the block publishes it.
+
+        Nothing is copied. After an exception in the block there is no version. The arrays must not be written to
+        after the block.
+
+        Args:
+            fields: dtype and shape of each array; every length is fixed.
+            version, timeout: as for `publish`, at the begin of the block.
+
+        Raises:
+            PayloadError: there can be no such version, or it is too large.
+            BufferFullError, BufferClosedError: as for `publish`.
+        """
+        number = self._checked_number(version)
+        blank = plan_blank(fields, self._metadata)
+        with self._version(blank.nbytes, number, timeout) as memory:
+            arrays = blank.begin(memory)
+            yield arrays
+            for array in arrays.values():
+                array.flags.writeable = False
+
+    def _checked_number(self, version: int | None) -> int:
         if self._closed or here[0] != self._mark:
             raise BufferClosedError("the publisher is closed, or belongs to the process this one was forked from")
         number = self._last + 1 if version is None else version
         if number.__class__ is not int or not self._last < number < 1 << 63:
             raise ConfigError("version", version, f"an integer of more than {self._last}")
-        packed = plan(arrays, metadata=self._metadata)
+        return number
+
+    @contextlib.contextmanager
+    def _version(self, nbytes: int, number: int, timeout: float | None) -> Iterator[memoryview]:
+        """The block writes the next version into this memory; then it is published."""
         try:
-            writer = self._ring.claim(packed.nbytes, timeout)
+            writer = self._ring.claim(nbytes, timeout)
         except BufferFullError as error:
             newest = None if self._newest.version is None else self._newest.version.full.sequence
             users = sorted({lease.pid for lease in self._ring.direct_leases() if lease.sequence != newest})
@@ -157,11 +194,13 @@ class Publisher(Closing):
             raise BufferFullError(why, elapsed=error.elapsed) from None
         delta = None
         try:
-            packed.write(writer.buffer)
-            full, changes = Part(writer.slot, writer.sequence, packed.nbytes), None
+            yield writer.buffer
+            if number <= self._last:
+                raise ConfigError("version", number, f"a number that no other thread has published ({self._last})")
+            full, changes = Part(writer.slot, writer.sequence, nbytes), None
             before = self._newest.version
             if self._metadata is not None and before is not None and self._newest.wants_deltas:
-                delta = self._delta_writer(packed.nbytes // DELTA_SHARE)
+                delta = self._delta_writer(nbytes // DELTA_SHARE)
                 if delta is not None:
                     changes = self._encode(before, writer, delta)
             writer.commit()
@@ -174,7 +213,6 @@ class Publisher(Closing):
                 delta.withdraw()
             raise
         self._last = number
-        return number
 
     def _delta_writer(self, nbytes: int) -> SlotWriter | None:
         """Room for a delta; None if subscribers are still reading all earlier ones: this version travels whole."""
