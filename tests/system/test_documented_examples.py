@@ -32,7 +32,7 @@ BLOCK = re.compile(
 TITLED = re.compile(r"^(.*)\n```python title=", re.MULTILINE)
 SECONDS = 60.0
 NEEDS_RAY = "from-ray-object-store.md"
-"""Ray is not installed with the development tools: it has 240 MB and starts a cluster."""
+"""Ray is not installed with the development tools; `tests/integrations/ray` runs these programs."""
 
 
 @dataclass

@@ -70,6 +70,7 @@ def test_architecture_names_every_module_once_and_no_other() -> None:
         "transport/lanes/",
         "prefetch/",
         "streams/",
+        "integrations/",
         "ucxx/",
         "recording/",
         "jobs/",
@@ -390,7 +391,10 @@ def test_every_dependency_is_justified_and_pinned() -> None:
     packages = {re.split(r"[<>=\[;]", each)[0] for each in wanted} - {"dray-rl"}
     text = page("dependencies.md")
     assert [package for package in packages if package not in text] == []
-    pinned = set(re.findall(r"^([A-Za-z0-9_.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    # Frameworks are pinned where their environments are described.
+    files = [ROOT / "constraints.txt", *ROOT.glob("tests/integrations/*/requirements*.txt")]
+    pin = re.compile(r"^(?:# without dependencies: )?([A-Za-z0-9_.-]+)(?:\[.*\])?==", re.MULTILINE)
+    pinned = {name for file in files for name in pin.findall(file.read_text(encoding="utf-8"))}
     without = {package.replace("-", "_").lower() for package in packages} - {"ucxx_cu12", "libucx_cu12"}
     assert without - {name.replace("-", "_").lower() for name in pinned} == set()
 
