@@ -159,7 +159,8 @@ class Publisher(Closing):
 
         Args:
             fields: dtype and shape of each array; every length is fixed.
-            version, timeout: as for `publish`, at the begin of the block.
+            version: its number, as for `publish`.
+            timeout: as for `publish`, at the begin of the block.
 
         Raises:
             PayloadError: there can be no such version, or it is too large.
