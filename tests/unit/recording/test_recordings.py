@@ -18,6 +18,8 @@ import dray
 from dray import Consumer, Producer
 from dray.errors import BufferClosedError, ConfigError, OutputError, PayloadFormatError, StreamTimeout
 from dray.recording import Recorder, Recording, record, replay
+from dray.recording.describe import fields_of, table
+from dray.recording.files import is_recording_file, read_payload
 from dray.recording.recorder import RecordingFullError
 
 
@@ -229,6 +231,40 @@ def test_values_may_be_changed_after_they_were_added(tmp_path: Path) -> None:
         recorder.append(values)
         values["obs"][:] = 9
     assert_same(Recording(tmp_path)[0].values, 0)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing.*No such file or directory"):
+        Recording(tmp_path / "missing")
+
+
+def test_fields_of_payloads_are_described_by_their_paths() -> None:
+    payloads = [payload(number) for number in range(5)] + [
+        {"obs": np.array([np.nan, 1.0]), "c": np.zeros(2, "c8")}
+    ]
+    rows = {name: field.row(name) for name, field in fields_of(payloads).items()}
+    assert list(rows) == ["obs", "turns.0.text", "turns.0.ids", "reward", "nothing", "c"]
+    assert rows["obs"] == ("obs", "float32 float64", "(2, 3) (2,)", "6", "136", "0", "4.3871", "9", "1")
+    assert rows["turns.0.text"][1:5] == ("text", "()", "5", "30")
+    assert rows["turns.0.ids"][1:3] == ("ragged int64", "(2,) (3,) (4,)")
+    assert rows["nothing"][1] == "none"
+    assert rows["c"][5:] == ("-", "-", "-", "-")
+    lines = table(rows.values())
+    assert len(lines) == 7
+    assert lines[0].startswith("field")
+
+
+def test_any_safetensors_file_is_one_payload(tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    path.write_bytes(bytes(dray.pack(payload(3))))
+    assert not is_recording_file(path)
+    assert_same(read_payload(path), 3)
+    path.write_bytes(b"something else")
+    for read in (read_payload, is_recording_file):
+        with pytest.raises(PayloadFormatError, match=r"one\.safetensors cannot be read"):
+            read(path)
+    with pytest.raises(ConfigError, match="a file that can be read"):
+        read_payload(tmp_path / "two.safetensors")
 
 
 # --- streams ----------------------------------------------------------------------------------------------------
