@@ -56,6 +56,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(CoverageBounds())
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import tests of integrations only where their frameworks are installed: with ``-m integration`` alone.
+
+    Some of their modules put empty modules in the place of packages that a framework imports and does not need.
+    """
+    theirs = Path(__file__).with_name("integrations")
+    return True if collection_path == theirs and config.option.markexpr != "integration" else None
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash[_RUNTIME_DIR], ignore_errors=True)
 
