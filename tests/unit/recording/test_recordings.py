@@ -326,7 +326,6 @@ def test_a_full_disk_gives_payloads_back_to_their_producer(tmp_path: Path) -> No
 
 def test_a_replay_keeps_the_times_between_payloads_if_asked(tmp_path: Path) -> None:
     name = f"paced-{os.getpid()}"
-    recording = []
     with Recorder(tmp_path) as recorder:
         recorder.append(payload(0))
     first = Recording(tmp_path)[0]

@@ -344,10 +344,16 @@ class Training:
 
     def _add_to_recording(self, trajectories: Sequence[Trajectory]) -> None:
         """As they are before the trainer gets them. Written when their step is committed."""
-        for each in trajectories if self._recorder is not None else ():
-            about = {"step": self._step + 1, "work_item": each.work_item, "weight_version": each.weight_version}
-            assert self._recorder is not None
-            self._recorder.append(each.arrays, about={**about, "metadata": dict(each.metadata)})
+        if self._recorder is None:
+            return
+        for each in trajectories:
+            about = {
+                "step": self._step + 1,
+                "work_item": each.work_item,
+                "weight_version": each.weight_version,
+                "metadata": dict(each.metadata),
+            }
+            self._recorder.append(each.arrays, about=about)
 
     def _train_step(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         try:
