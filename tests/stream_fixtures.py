@@ -1,6 +1,7 @@
 """What tests of streams share: producers and consumers over each route."""
 
 import contextlib
+import faulthandler
 import os
 import secrets
 import threading
@@ -16,6 +17,7 @@ from dray import Consumer, Payload, Producer, make_secret
 
 ROUTES = ("name", "name without direct leases", "tcp", "ucx")
 SECONDS = 20.0
+STACKS_AFTER_SECONDS = 8.0
 
 
 @dataclass
@@ -104,12 +106,16 @@ def in_thread(call: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
 
 @contextlib.contextmanager
 def forked(call: Callable[[int], None]) -> Iterator[tuple[int, int]]:
-    """Run `call` in a forked process, with the end of a pipe to write to; (pid, the other end) for the block."""
+    """Run `call` in a forked process, with the end of a pipe to write to; (pid, the other end) for the block.
+
+    A child that is still there after some seconds writes the stacks of its threads.
+    """
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
+            faulthandler.dump_traceback_later(STACKS_AFTER_SECONDS)
             os.close(reading)
             call(writing)
             code = 0
