@@ -1,9 +1,9 @@
 """What tests of streams share: producers and consumers over each route."""
 
 import contextlib
-import faulthandler
 import os
 import secrets
+import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,7 +17,6 @@ from dray import Consumer, Payload, Producer, make_secret
 
 ROUTES = ("name", "name without direct leases", "tcp", "ucx")
 SECONDS = 20.0
-STACKS_AFTER_SECONDS = 8.0
 
 
 @dataclass
@@ -108,14 +107,13 @@ def in_thread(call: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
 def forked(call: Callable[[int], None]) -> Iterator[tuple[int, int]]:
     """Run `call` in a forked process, with the end of a pipe to write to; (pid, the other end) for the block.
 
-    A child that is still there after some seconds writes the stacks of its threads.
+    If the block fails, the process ends by SIGABRT: Python's fault handler then writes the stacks of its threads.
     """
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            faulthandler.dump_traceback_later(STACKS_AFTER_SECONDS)
             os.close(reading)
             call(writing)
             code = 0
@@ -124,11 +122,13 @@ def forked(call: Callable[[int], None]) -> Iterator[tuple[int, int]]:
         finally:
             os._exit(code)
     os.close(writing)
+    number = signal.SIGABRT
     try:
         yield pid, reading
+        number = signal.SIGKILL
     finally:
         os.close(reading)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, 9)
+            os.kill(pid, number)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, 0)

@@ -26,8 +26,8 @@ def test_r3_stopped_rollout_replica_is_reaped_and_ends_when_it_wakes(tmp_path: P
         job.wait_for("  step ")
         stopped = job.processes("dray.jobs.replica.rollout")[0]
         stopped.suspend()
-        job.wait_until(lambda: "dead: silent for" in job.log("controller"), "the controller to give it up", 20.0)
-        assert "given out again" in job.log("controller")
+        job.wait_until(lambda: "given out again" in job.log("controller"), "the controller to give it up", 20.0)
+        assert "dead: silent for" in job.log("controller")
         stopped.resume()
         job.wait_for("ended early: the controller had declared it dead (silent for ")
         job.process.send_signal(signal.SIGINT)
@@ -177,7 +177,7 @@ def test_r7_replicas_notice_by_themselves_that_the_controller_is_gone(tmp_path: 
         job.process.send_signal(signal.SIGCONT)
         assert job.end(bound=15.0) == 1
         assert "the controller is lost" in job.log("policy-0")
-        assert job.text.count("ended early: the controller was gone") == 3
+        assert job.text.count("ended early: the controller was gone") == 3, job.story()
         assert job.checkpoint()["step"] > 0
 
 
