@@ -99,15 +99,27 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Random inputs are not measured: that doubles their time, and other tests reach the same lines.
-
-    With several workers the longest tests begin first, so that all workers end at about the same time.
-    """
-    for item in items:
-        if _folder(item) in UNMEASURED:
-            item.add_marker("no_cover")
+    """With several workers the longest tests begin first, so that all workers end at about the same time."""
     if _is_worker(config):
         items.sort(key=_length, reverse=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Random inputs are not measured: that doubles their time, and other tests reach the same lines.
+
+    The marker `no_cover` is not used: coverage starts anew after it, and each start makes all later forks slower.
+    """
+    if _folder(item) not in UNMEASURED:
+        return (yield)
+    tracer, of_threads = sys.gettrace(), threading.gettrace()
+    sys.settrace(None)
+    threading.settrace(None)  # type: ignore[arg-type]
+    try:
+        return (yield)
+    finally:
+        threading.settrace(of_threads)  # type: ignore[arg-type]
+        sys.settrace(tracer)
 
 
 def _length(item: pytest.Item) -> int:
