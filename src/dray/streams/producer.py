@@ -23,7 +23,7 @@ from dray.identifiers import PayloadId
 from dray.payload import PayloadSchema, Values, unpack
 from dray.payload.codec import PackPlan, plan
 from dray.resources import Closing
-from dray.ring import OnFull, SharedRingBuffer
+from dray.ring import OnFull, RingStatistics, SharedRingBuffer
 from dray.streams.addresses import ListenOn
 from dray.streams.delivery import ConsumerGroup, Delivery, Recipient
 from dray.streams.registry import Registry, checked_name, command_line
@@ -225,6 +225,14 @@ class Producer(Closing):
                 )
                 for name, group in zip(self._groups, self._delivery.groups, strict=True)
             )  # fmt: skip
+
+    def ring_statistics(self) -> RingStatistics:
+        """The ring that holds the payloads.
+
+        Raises:
+            BufferClosedError: the producer is closed.
+        """
+        return self._ring.statistics()
 
     def drain(self, timeout: float | None = 30.0) -> int:
         """Wait until every payload is consumed; returns how many are left after `timeout` seconds."""

@@ -203,8 +203,9 @@ class Training:
         self._began -= self._earlier["seconds"]
         self._oldest = int(self._earlier["staleness_max"])
         activity = self._replica.activity
-        activity.counters.add_all({name: self._earlier[name] for name in _COUNTERS if self._earlier[name]})
-        activity.counters.add("payloads", state.contributed)
+        # From the start also what has never happened: a metric that begins at 1 has no increase.
+        begun = {name: self._earlier[name] for name in _COUNTERS}
+        activity.counters.add_all({**begun, "payloads": state.contributed, "weights_published": 0})
         activity.show_all({"step": self._step, "staleness_max": self._oldest, **self._read_statistics()})
 
     def _read_statistics(self) -> dict[str, float]:

@@ -53,10 +53,17 @@ _REMEMBERED = 100
 
 _T = TypeVar("_T")
 
+_COUNTERS = (
+    "payloads", "bytes", "rollouts", "rollout_seconds", "reclaimed", "abandoned", "weight_payloads",
+    "weights_in_place", "weight_deltas", "weight_bytes", "weight_received_bytes", "weight_stale",
+)  # fmt: skip
+"""What a replica counts, which is shown also before it happens."""
+
 
 def work(replica: Replica) -> ExitCode:
     """Everything between registering and unregistering."""
     config, stop, activity = replica.spec.config, replica.stop, replica.activity
+    activity.counters.add_all(dict.fromkeys(_COUNTERS, 0))
     activity.doing("importing the worker")
     folder = replica.spec.job_file.parent
     worker: RolloutWorker = make_user_object(load_entry_point("rollout.worker", config.rollout.worker, folder))
