@@ -39,11 +39,7 @@ def test_a_recording_of_a_job_gives_another_one_the_same_batches(tmp_path: Path)
         assert each.about["work_item"] == int(each.values["work_item"])
         assert each.about["weight_version"] == int(each.values["version"])
         assert np.array_equal(each.values["rewards"], np.ones(8))
-    replayed = job_settings(
-        "rollout.worker=dray.jobs.replay:ReplayWorker",
-        "rollout.replicas=1",
-        f"rollout.args.recording={recording.folder}",
-    )
+    replayed = job_settings("rollout.replicas=1", f"work.replay={recording.folder}")
     with running(tmp_path / "second", *settings, *replayed, classes=classes) as job:
         assert job.end() == 1, job.story()
         assert batches(job.output) == recorded

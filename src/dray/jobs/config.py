@@ -19,6 +19,9 @@ ENTRY_POINT_FORM: Final = '"file.py:Class" (the file beside the job file) or "pa
 MAX_NUMBER: Final = 2**63 - 1
 """No integer in a job file is larger."""
 
+REPLAY_WORKER: Final = "dray.jobs.replay:ReplayWorker"
+"""The worker of a job with `work.replay`."""
+
 LogLevel = Literal["debug", "info", "warning", "error"]
 """How much the processes of a job log."""
 
@@ -151,10 +154,13 @@ class ControllerTable(Table):
 
 
 class WorkTable(Table):
-    """`[work]`: the data set whose rows the work items carry."""
+    """`[work]`: the data set whose rows the work items carry, or a recording in the place of rollouts."""
 
-    items: str = _text(pattern=_WORK_ITEMS, allowed=WORK_ITEMS_FORM)
+    items: str | None = _text(None, pattern=_WORK_ITEMS, allowed=WORK_ITEMS_FORM)
     shuffle: bool = Field(default=False, description="true or false")
+    replay: str | None = _text(
+        None, allowed="the folder of a recording, beside the job file unless it is absolute"
+    )
 
 
 class StopTable(Table):
@@ -216,10 +222,15 @@ class JobConfig(Table):
     policy: PolicyTable = Field(description="the table [policy]")
     redis: RedisTable = Field(default=RedisTable(), description="the table [redis]")
     controller: ControllerTable = Field(default=ControllerTable(), description="the table [controller]")
-    work: WorkTable | None = Field(default=None, description="the table [work]")
+    work: WorkTable = Field(default=WorkTable(), description="the table [work]")
     stop: StopTable | None = Field(default=None, description="the table [stop]")
     timeouts: TimeoutsTable = Field(default=TimeoutsTable(), description="the table [timeouts]")
     slurm: SlurmTable | None = Field(default=None, description="the table [slurm]")
+
+    @property
+    def worker(self) -> str:
+        """The class that generates payloads: that of the job file, or the one that replays a recording."""
+        return self.rollout.worker if self.work.replay is None else REPLAY_WORKER
 
     @property
     def work_items_in_flight(self) -> int:
@@ -360,6 +371,28 @@ def _sparse_by_reference(config: JobConfig) -> Iterator[ConfigError]:
 def _recorded_by_one(config: JobConfig) -> Iterator[ConfigError]:
     if config.policy.record is not None and config.policy.replicas > 1:
         yield ConfigError("policy.replicas", config.policy.replicas, "must be 1 with policy.record")
+
+
+@_rule("work.items", "work.replay")
+def _work_from_one_place(config: JobConfig) -> Iterator[ConfigError]:
+    items, replay = config.work.items, config.work.replay
+    if items is not None and replay is not None:
+        yield ConfigError("work.items", items, "must be left out with work.replay")
+
+
+@_rule("work.items", "work.shuffle")
+def _rows_to_shuffle(config: JobConfig) -> Iterator[ConfigError]:
+    items, shuffle = config.work.items, config.work.shuffle
+    if shuffle and items is None:
+        yield ConfigError("work.shuffle", shuffle, "must be false without work.items")
+
+
+@_rule("work.replay", "rollout.replicas")
+def _replayed_by_one(config: JobConfig) -> Iterator[ConfigError]:
+    # With several replicas, batches would not be those of the recording.
+    replay, replicas = config.work.replay, config.rollout.replicas
+    if replay is not None and replicas > 1:
+        yield ConfigError("rollout.replicas", replicas, "must be 1 with work.replay")
 
 
 @_rule("policy.replicas", "policy.readers")

@@ -12,31 +12,27 @@ from dray.recording import Recording
 
 
 class ReplayWorker:
-    """A rollout worker that returns the payloads of a recording in their order, after the last the first.
+    """The rollout worker of a job with `work.replay`: payloads of a recording in their order, then from the first.
 
-    ```toml
-    [rollout]
-    worker = "dray.jobs.replay:ReplayWorker"
-    replicas = 1                     # with one replica, batches are those of the recording
-    args = { recording = "outputs/grpo/1/recording" }
-    ```
-
-    Work item i is payload i modulo their number. Metadata that was recorded comes with it; the version of the
-    weights is the one that the replica has.
+    Metadata that was recorded comes with a payload; the version of the weights is the one that the replica has.
     """
 
     def setup(self, context: ReplicaContext) -> None:
         """Open the recording."""
-        folder = context.args.get("recording")
-        if not isinstance(folder, str):
-            raise ConfigError("rollout.args.recording", folder, "the folder of a recording")
-        self.recording = Recording(Path(folder).expanduser())
+        self.recording = Recording(Path(context.args["recording"]))
+        if not len(self.recording):
+            raise ConfigError("work.replay", str(self.recording.folder), "a recording with payloads")
+        self.payloads = context.args["payloads_per_work_item"]
 
     def load_weights(self, weights: Mapping[str, Any], version: int) -> None:
         """Weights are not used."""
 
-    def rollout(self, work_item: WorkItem) -> Rollout:
-        """The payload of the recording that is the work item's."""
-        found = self.recording[work_item.index % len(self.recording)]
+    def rollout(self, work_item: WorkItem) -> list[Rollout]:
+        """The next payloads of the recording: one, or `rollout.payloads_per_work_item`."""
+        first = work_item.index * self.payloads
+        return [self._rollout((first + each) % len(self.recording)) for each in range(self.payloads)]
+
+    def _rollout(self, number: int) -> Rollout:
+        found = self.recording[number]
         metadata = found.about.get("metadata")
         return Rollout(found.values, metadata if isinstance(metadata, Mapping) else {})

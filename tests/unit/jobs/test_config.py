@@ -351,7 +351,6 @@ def test_sparse_weights_need_references(job_file: Path) -> None:
 @pytest.mark.parametrize("items", ["items.jsonl", "data sets/items.jsonl", "data.py:ROWS", "package.data:rows"])
 def test_data_set_is_a_file_of_lines_or_an_iterable(job_file: Path, items: str) -> None:
     work = load_job(job_file, [f'work.items="{items}"', "work.shuffle=true"]).work
-    assert work is not None
     assert (work.items, work.shuffle) == (items, True)
 
 
@@ -359,6 +358,26 @@ def test_data_set_is_a_file_of_lines_or_an_iterable(job_file: Path, items: str) 
 def test_data_set_of_another_form_is_refused(job_file: Path, items: str) -> None:
     with pytest.raises(ConfigError, match=r'work\.items = .* must be "file\.jsonl"'):
         load_job(job_file, [f'work.items="{items}"'])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["work.shuffle=true"], r"work\.shuffle = True .* must be false without work\.items"),
+        (["work.replay=recording", "work.items=rows.jsonl", "rollout.replicas=1"], r"work\.items = 'rows\.jsonl'"),
+        (["work.replay=recording", "rollout.replicas=2"], r"rollout\.replicas = 2 .* must be 1 with work\.replay"),
+    ],
+)
+def test_a_job_is_replayed_by_one_replica_in_order_or_has_a_data_set(
+    job_file: Path, settings: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_job(job_file, settings)
+
+
+def test_a_recording_takes_the_place_of_the_worker(job_file: Path) -> None:
+    assert load_job(job_file, ["work.replay=recording", "rollout.replicas=1"]).worker == config.REPLAY_WORKER
+    assert load_job(job_file).worker == load_job(job_file).rollout.worker
 
 
 class Recorder:
@@ -394,6 +413,7 @@ def test_rule_reads_the_keys_that_it_names_and_no_others(
         ["policy.replicas=4", "policy.readers=2"],
         ["policy.weights=sparse"],
         ["policy.record=recording"],
+        ["work.replay=recording", "rollout.replicas=1"],
     ):
         recorder = Recorder(load_job(job_file, settings), read)
         assert list(rule(recorder)) == []  # type: ignore[arg-type]

@@ -63,9 +63,9 @@ def check_entry_points(
     """
     config, report = draft.config, folder / "entry_points.json"
     entry_points = {
-        "rollout.worker": config.rollout.worker if draft.knows("rollout.worker") else "",
+        "rollout.worker": config.worker if draft.knows("rollout.worker") else "",
         "policy.trainer": config.policy.trainer if draft.knows("policy.trainer") else "",
-        "work.items": config.work.items if config.work is not None and draft.knows("work.items") else "",
+        "work.items": config.work.items or "" if draft.knows("work.items") else "",
     }
     named = {key: text for key, text in entry_points.items() if text}
     if not named:

@@ -326,7 +326,7 @@ class WorkItemRows(Closing):
     """The row of each work item.
 
     Args:
-        table: ``[work]`` of the job file; None if there is none.
+        table: ``[work]`` of the job file.
         folder: of the job file.
         seed: of the job; decides the order if rows are shuffled.
 
@@ -334,9 +334,9 @@ class WorkItemRows(Closing):
         ConfigError: as `open_rows`.
     """
 
-    def __init__(self, table: WorkTable | None, folder: Path, seed: int) -> None:
-        self._rows = None if table is None else open_rows(table.items, folder)
-        self._shuffles = table is not None and table.shuffle
+    def __init__(self, table: WorkTable, folder: Path, seed: int) -> None:
+        self._rows = None if table.items is None else open_rows(table.items, folder)
+        self._shuffles = table.shuffle
         self._seed = seed
 
     def row(self, index: int) -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from dray.clock import MONOTONIC
@@ -66,8 +67,12 @@ def work(replica: Replica) -> ExitCode:
     activity.counters.add_all(dict.fromkeys(_COUNTERS, 0))
     activity.doing("importing the worker")
     folder = replica.spec.job_file.parent
-    worker: RolloutWorker = make_user_object(load_entry_point("rollout.worker", config.rollout.worker, folder))
-    call_user(worker, "setup", replica.context(dict(config.rollout.args)))
+    worker: RolloutWorker = make_user_object(load_entry_point("rollout.worker", config.worker, folder))
+    args = dict(config.rollout.args)
+    if config.work.replay is not None:
+        recording = folder / Path(config.work.replay).expanduser()
+        args = {"recording": str(recording), "payloads_per_work_item": config.payloads_of_work_item}
+    call_user(worker, "setup", replica.context(args))
     with ExitStack() as opened:
         rows = opened.enter_context(WorkItemRows(config.work, folder, config.job.seed))
         ends = rollout_ends(replica)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dray.jobs.api import WorkItem
-from dray.jobs.config import RolloutTable
+from dray.jobs.config import RolloutTable, WorkTable
 from dray.jobs.messages import models
 from dray.jobs.messages.controller_client import ControllerLostError
 from dray.jobs.messages.models import Phase
@@ -220,7 +220,7 @@ def heartbeat(controller: Controller) -> Iterator[Heartbeat]:
 
 
 def source_of(controller: Controller, heartbeat: Heartbeat, activity: Activity, tmp_path: Any) -> WorkSource:
-    rows = WorkItemRows(None, tmp_path, 0)
+    rows = WorkItemRows(WorkTable(), tmp_path, 0)
     return WorkSource(rows, controller, heartbeat, activity, Unreported(), max_attempts=3)  # type: ignore[arg-type]
 
 

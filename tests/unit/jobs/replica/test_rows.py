@@ -50,7 +50,7 @@ def test_change_of_a_row_does_not_reach_the_next_pass(tmp_path: Path) -> None:
 
 
 def test_work_item_without_a_data_set_has_no_row(tmp_path: Path) -> None:
-    assert WorkItemRows(None, tmp_path, 0).row(3) is None
+    assert WorkItemRows(WorkTable(), tmp_path, 0).row(3) is None
 
 
 def test_every_pass_over_shuffled_rows_has_each_row_once_in_an_order_of_its_own(tmp_path: Path) -> None:
