@@ -1,12 +1,15 @@
 """`dray run` and its output folder: whose it is, how it is made, and what a disk that is full does to a job."""
 
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 from job_runner import CLASSES, JOB, STOP, job_settings, running
 from writing import umask
@@ -26,6 +29,23 @@ def run_command(folder: Path, *prefix: str) -> tuple[int, str]:
     command = [*prefix, sys.executable, "-m", "dray.cli.app", "run", "job.toml", "--output", str(folder / "out")]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stderr
+
+
+def test_a_run_records_its_command_its_configuration_with_defaults_and_the_versions_of_packages(
+    tmp_path: Path,
+) -> None:
+    with running(tmp_path, *job_settings("job.max_steps=2", "rollout.slots=32")) as job:
+        assert job.end() == 1, job.story()
+        record = json.loads((job.output / "run.json").read_text())
+        assert (job.output / "run.json").stat().st_mode & 0o777 == 0o600
+    assert record["command"][-1] == "rollout.slots=32"
+    assert record["job_file"] == str(tmp_path / "job.toml")
+    assert record["config"]["rollout"]["slots"] == 32
+    assert record["config"]["timeouts"]["read"] == 30.0
+    assert "url" not in record["config"]["redis"]
+    assert record["packages"]["numpy"] == np.__version__
+    assert "pytest" not in record["packages"]
+    assert datetime.fromisoformat(record["began"]) <= datetime.now(UTC)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")

@@ -74,6 +74,11 @@ class JobFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def record(self) -> Path:
+        """What ran, with which configuration and which packages; see `write_run_record`."""
+        return self.root / "run.json"
+
+    @property
     def summary(self) -> Path:
         return self.root / "summary.json"
 

@@ -6,25 +6,33 @@ import errno
 import fcntl
 import logging
 import os
+import platform
+import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
 from dray.errors import ConfigError
-from dray.files import FOLDER_MODE, make_own_folders, open_own_folder, open_to_append
+from dray.files import FOLDER_MODE, make_own_folders, open_own_folder, open_to_append, write_json
 from dray.jobs.config import JobConfig, LogLevel
 from dray.jobs.folder import OPTIONS_NAME, JobFolder, short_path
 from dray.jobs.process import printable_handler
 from dray.jobs.replica.checkpoint import CheckpointState, check_checkpoint, find_checkpoint, sweep_partial
 from dray.system_calls import needed
-from dray.text import path_of
+from dray.text import MAX_LINE, path_of, printable
 
 KEY = "job.output"
 RESUME_NEEDS = "must be the output folder of an earlier run"
 _LOG = logging.getLogger("dray.jobs.launch.output")
 _NO_LOCKS = frozenset((errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
+_USED = re.compile(r"^([A-Za-z0-9._-]+)(?!.*extra == .(?:dev|docs|fuzz)\b).*$", re.MULTILINE)
+"""A line of the requirements of dray, but those of its developers; the name of the package."""
+
 MAX_FOLDER_ATTEMPTS = 1000
 """Folders that are tried one after another because other runs that start at the same time have them."""
 
@@ -71,7 +79,7 @@ def open_output(
 def _sweep(folder: JobFolder) -> None:
     """Remove what processes that were killed while they wrote have left. Only while the folder is locked."""
     sweep_partial(folder.checkpoint)
-    for written in (folder.summary, folder.metrics):
+    for written in (folder.summary, folder.metrics, folder.record):
         for path in folder.root.glob(f".{written.name}.*"):
             path.unlink()
 
@@ -93,6 +101,37 @@ def attempt_folder(folder: JobFolder) -> None:
         newer.unlink(missing_ok=True)
         newer.symlink_to(folder.logs.parent.relative_to(folder.root))
         newer.replace(folder.latest)
+
+
+def write_run_record(folder: JobFolder, config: JobConfig, job_file: Path) -> None:
+    """Write what runs to the folder's `record`, for its owner only: a command line may hold secrets.
+
+    It has the command, the job file, when the run began, the versions of Python and of the packages that dray and
+    its extras name, and the configuration with every default. The URL of Redis, which may hold a password, is left
+    out.
+    """
+    document = {
+        "command": [printable(each, MAX_LINE) for each in sys.orig_argv],
+        "job_file": printable(str(job_file), MAX_LINE),
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": _versions(),
+        # The configured folder's name need not be text; this is that folder.
+        "config": config.model_dump(mode="json", exclude={"job": {"output"}, "redis": {"url"}}),
+    }
+    write_json(folder.record, document, mode=0o600)
+
+
+def _versions() -> dict[str, str]:
+    """The versions of dray and of the packages that it and its extras name, where they are installed."""
+    found = {}
+    with suppress(metadata.PackageNotFoundError):
+        found["dray-rl"] = metadata.version("dray-rl")
+        for name in sorted({*_USED.findall("\n".join(metadata.requires("dray-rl") or ()))} - {"dray-rl"}):
+            with suppress(metadata.PackageNotFoundError):
+                found[name] = metadata.version(name)
+    return found
 
 
 def lock_folder(descriptor: int, root: Path, patience: float = 0.0) -> None:
