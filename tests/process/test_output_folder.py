@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from job_runner import CLASSES, JOB, STOP, job_settings, running
 from writing import umask
+
+SUMMARY_PAGE = Path(__file__).parents[2] / "docs" / "reference" / "runtime.md"
 
 
 def lone_mount(*lines: str) -> list[str]:
@@ -38,6 +41,7 @@ def test_a_run_records_its_command_its_configuration_with_defaults_and_the_versi
         assert job.end() == 1, job.story()
         record = json.loads((job.output / "run.json").read_text())
         assert (job.output / "run.json").stat().st_mode & 0o777 == 0o600
+        summary = job.summary()
     assert record["command"][-1] == "rollout.slots=32"
     assert record["job_file"] == str(tmp_path / "job.toml")
     assert record["config"]["rollout"]["slots"] == 32
@@ -46,6 +50,15 @@ def test_a_run_records_its_command_its_configuration_with_defaults_and_the_versi
     assert record["packages"]["numpy"] == np.__version__
     assert "pytest" not in record["packages"]
     assert datetime.fromisoformat(record["began"]) <= datetime.now(UTC)
+
+    table = SUMMARY_PAGE.read_text(encoding="utf-8").split("### The summary\n")[1].split("\n### ")[0]
+    documented = {
+        name for row in re.findall(r"^\| (.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    assert documented - {"mean_return", "lane"} <= set(summary) <= documented, "every field is documented"
+    for group in ("delivery", "work_items", "weights"):
+        (row,) = re.findall(rf"^\| `{group}` \| (.*)\|$", table, re.MULTILINE)
+        assert set(summary[group]) <= set(re.findall(r"`(\w+)`", row))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
