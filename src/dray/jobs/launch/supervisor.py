@@ -41,7 +41,7 @@ from dray.jobs.process import SignalInbox, closed_by_step
 from dray.jobs.queue import REDIS_STOP_BOUND
 from dray.jobs.queue.redis_server import job_redis
 from dray.jobs.replica.checkpoint import CheckpointState
-from dray.text import path_of, printable
+from dray.text import as_argument, path_of, printable
 
 # --- reports -----------------------------------------------------------------------------------------------------
 
@@ -152,7 +152,15 @@ def supervise(
             ControllerClient.of_address_file(folder.controller_address, spec.token, 1.0)
         )
         supervisor = JobSupervisor(
-            config, folder, processes, client, selector=selector, inbox=inbox, report=report, show=display.update
+            config,
+            folder,
+            processes,
+            client,
+            selector=selector,
+            inbox=inbox,
+            report=report,
+            show=display.update,
+            show_line=display.show_line,
         )
         processes.start_replicas(selector, spec)
         more = f", {len(placement.remote)} more start on other nodes" if placement.remote else ""
@@ -183,6 +191,7 @@ class JobSupervisor(ProcessSupervisor):
 
     Args:
         show: shows a status of the job.
+        show_line: shows a line that may hold a secret, and is not to be logged.
     """
 
     def __init__(
@@ -196,6 +205,7 @@ class JobSupervisor(ProcessSupervisor):
         inbox: SignalInbox,
         report: Callable[[str], None],
         show: Callable[[models.Status], None],
+        show_line: Callable[[str], None],
     ) -> None:
         super().__init__(inbox, selector, processes.hosts, report)
         self._config = config
@@ -204,6 +214,7 @@ class JobSupervisor(ProcessSupervisor):
         self._client = controller
         self._reports = Reports(controller)
         self._show = show
+        self._show_line = show_line
         self._next_status = Deadline.after(0)
         self._answered_at = Stopwatch()
         self._asked = False
@@ -438,6 +449,18 @@ class JobSupervisor(ProcessSupervisor):
         if seen:
             self._ask(lambda: self._client.post("/alive", models.Alive(seen=seen), models.Directive))
 
+    def _show_page(self) -> None:
+        """Show a URL of the page, except on Slurm, where what is shown is kept in a file of the job."""
+        if self._folder.attempt is not None:
+            return
+        try:
+            url = self._client.page_url()
+        except ControlPlaneError as error:
+            _LOG.warning("no URL of the page: %s", error)
+            return
+        folder = as_argument(short_path(self._folder.root))
+        self._show_line(f"page: {url} (opens once; for another URL: dray status --page {folder})")
+
     def _refresh_status(self) -> None:
         try:
             self._status = self._client.status()
@@ -448,6 +471,8 @@ class JobSupervisor(ProcessSupervisor):
                 waited = f"{self._answered_at.elapsed:.1f} s"
                 self._report(f"stall: dray run waits for the controller, for its status, since {waited}")
             return
+        if not self._answered:
+            self._show_page()
         self._answered, self._controller_silent = True, False
         self._answered_at, self._silences = Stopwatch(), 0
         self._ask(self._reports.send)

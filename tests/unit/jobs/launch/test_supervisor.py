@@ -64,6 +64,9 @@ class ScriptedController:
         self.posted.append(body)
         return reply(phase=self.newest.phase, stop=not self.newest.phase.gives_work)
 
+    def page_url(self) -> str:
+        return "http://127.0.0.1:1/?token=secret"
+
     def deaths(self) -> list[tuple[str, bool]]:
         """The replicas whose end was reported, and whether that was final."""
         return [(each.name, each.final) for each in self.posted if isinstance(each, models.Died)]
@@ -78,6 +81,7 @@ class Job:
         self.host = ScriptedHost(self.selector)
         self.controller = ScriptedController(*((lambda step=step: step(self)) for step in script))
         self.lines: list[str] = []
+        self.shown: list[str] = []
         job_folder = JobFolder(folder)
         placement = JobPlacement(job_folder, "127.0.0.1", ranks=2, rollouts=range(2))
         self.processes = JobProcesses(CONFIG, placement, self.host)
@@ -94,6 +98,7 @@ class Job:
             inbox=self.inbox,
             report=self.lines.append,
             show=lambda _: None,
+            show_line=self.shown.append,
         )
 
     def run(self) -> int:
