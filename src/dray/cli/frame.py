@@ -67,7 +67,7 @@ def frame(view: JobView, console: Console, *, keys: bool = False) -> RenderableT
     parts += [_figure(view, console, each) for each in _FIGURES]
     # Without the names of the columns, the keys, and the line that a terminal leaves empty.
     left = console.height - len(parts) - 3
-    below = _reports(view, width)[: max(0, left - MIN_ROWS)]
+    below = _reports(view, width)[: max(0, min(left - MIN_ROWS, left // 2))]
     rows = max(MIN_ROWS, left - len(below))
     return Group(*parts, *_replicas(view, rows), *below, *([_line(_KEYS, "dim")] if keys else []))
 

@@ -34,6 +34,7 @@ from dray.jobs.controller.listener import PROVEN, HttpServer
 from dray.jobs.controller.metrics import MEDIA_TYPE, JobMetrics
 from dray.jobs.controller.page import (
     FILES,
+    HEADERS,
     TOKEN_SECONDS,
     VIEW,
     PageAccess,
@@ -246,8 +247,9 @@ class Controller:
     async def _status(self) -> models.Status:
         return self.status()
 
-    async def _view(self, seen: int = -1) -> JobView:
+    async def _view(self, response: Response, seen: int = -1) -> JobView:
         """Answered at once, or, if the caller has seen the newest `number`, when there is a newer one."""
+        response.headers.update(HEADERS)
         deadline = Deadline.after(MAX_VIEW_WAIT)
         while self._viewer.number <= seen and not self.final.is_set() and not deadline.expired:
             await self._wait_for_change(deadline)

@@ -145,7 +145,8 @@ class JobFigures:
         if len(self._steps) < 2:
             return None
         (begin, first), (_, last) = self._steps[0], self._steps[-1]
-        change = last.counters.get(name, math.nan) - first.counters.get(name, math.nan)
+        # A counter is reported once it is above 0.
+        change = last.counters.get(name, 0.0) - first.counters.get(name, 0.0)
         return factor * change / (seconds - begin) if change >= 0 else None
 
 

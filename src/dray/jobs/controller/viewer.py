@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from dray.clock import MONOTONIC
 from dray.jobs.config import JobConfig
@@ -12,7 +13,16 @@ from dray.jobs.controller.history import FIGURES, History, JobFigures
 from dray.jobs.controller.state import FIRST_POLICY, Member, Membership
 from dray.jobs.log_files import LogLine
 from dray.jobs.messages import view
-from dray.jobs.messages.models import MAX_WARNING, MAX_WORDS, MemberState, Phase, ProgressReport, Role, Stall
+from dray.jobs.messages.models import (
+    MAX_WARNING,
+    MAX_WARNINGS,
+    MAX_WORDS,
+    MemberState,
+    Phase,
+    ProgressReport,
+    Role,
+    Stall,
+)
 from dray.text import MAX_LINE, printable
 
 SAMPLE_SECONDS = 1.0
@@ -87,17 +97,21 @@ class JobViewer:
             hidden_members=len(members) - len(shown),
             stall=None if stall is None else stall.model_copy(update={"line": printable(stall.line, MAX_LINE)}),
             stalls=list(self._stalls),
-            warnings=[
-                f"{each.name}: {printable(warning, MAX_WARNING)}"
-                for each in members
-                for warning in each.progress.warnings
-            ][-view.MAX_WARNINGS_SHOWN :],
+            warnings=list(islice(_newest_warnings(members), view.MAX_WARNINGS_SHOWN))[::-1],
             log_lines=[(printable(each.name), printable(each.text, view.MAX_LOG_TEXT)) for each in log_lines],
         )
 
 
 def _first(metrics: dict[str, float]) -> list[str]:
     return sorted(metrics)[: view.MAX_METRICS_SHOWN]
+
+
+def _newest_warnings(members: Sequence[Member]) -> Iterator[str]:
+    """The last warning of each replica, then the one before it of each, and so on."""
+    for back in range(1, MAX_WARNINGS + 1):
+        for each in members:
+            if len(each.progress.warnings) >= back:
+                yield f"{each.name}: {printable(each.progress.warnings[-back], MAX_WARNING)}"
 
 
 def _chosen(members: Sequence[Member], most: int) -> list[Member]:

@@ -63,6 +63,15 @@ def test_rates_are_those_of_the_last_steps_and_fall_when_no_step_comes() -> None
     assert (figures.sample(membership, 100.0)["payloads_per_second"] or 0.0) < 1.0
 
 
+def test_counter_that_the_first_report_did_not_have_began_with_zero() -> None:
+    membership, figures = job(), JobFigures()
+    report(membership, FIRST_POLICY, step=0)
+    figures.sample(membership, 0.0)
+    report(membership, FIRST_POLICY, step=1, payloads=16, waited_seconds=1.0)
+    found = figures.sample(membership, 2.0)
+    assert (found["payloads_per_second"], found["policy_waits"]) == (8.0, 0.5)
+
+
 def test_policy_that_waits_for_long_waits_all_of_its_time() -> None:
     membership, figures = job(), JobFigures()
     for step in (1, 2):
