@@ -220,6 +220,7 @@ class JobSupervisor(ProcessSupervisor):
         self._asked = False
         self._end_began: Stopwatch | None = None
         self._status: models.Status | None = None
+        self._page_shown = False
         self._answered = False
         self._controller_silent = True  # until it has answered for the first time
         self._silences = 0
@@ -451,15 +452,14 @@ class JobSupervisor(ProcessSupervisor):
 
     def _show_page(self) -> None:
         """Show a URL of the page, except on Slurm, where what is shown is kept in a file of the job."""
-        if self._folder.attempt is not None:
-            return
-        try:
-            url = self._client.page_url()
-        except ControlPlaneError as error:
-            _LOG.warning("no URL of the page: %s", error)
-            return
-        folder = as_argument(short_path(self._folder.root))
-        self._show_line(f"page: {url} (opens once; for another URL: dray status --page {folder})")
+        if self._folder.attempt is None:
+            try:
+                url = self._client.page_url()
+            except ControlPlaneError:  # the controller is asked again with the next status
+                return
+            folder = as_argument(short_path(self._folder.root))
+            self._show_line(f"page: {url} (opens once; for another URL: dray status --page {folder})")
+        self._page_shown = True
 
     def _refresh_status(self) -> None:
         try:
@@ -471,8 +471,6 @@ class JobSupervisor(ProcessSupervisor):
                 waited = f"{self._answered_at.elapsed:.1f} s"
                 self._report(f"stall: dray run waits for the controller, for its status, since {waited}")
             return
-        if not self._answered:
-            self._show_page()
         self._answered, self._controller_silent = True, False
         self._answered_at, self._silences = Stopwatch(), 0
         self._ask(self._reports.send)
@@ -485,6 +483,8 @@ class JobSupervisor(ProcessSupervisor):
             self._stalls = stalled.reports
             self._report(f"stall: {stalled.line}")
         self._show(self._status)
+        if not self._page_shown and not self._is_ending:
+            self._show_page()
 
 
 def _members(status: models.Status | None) -> dict[tuple[str, int], models.MemberStatus]:

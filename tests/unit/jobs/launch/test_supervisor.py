@@ -53,6 +53,7 @@ class ScriptedController:
         self.script = list(script)
         self.newest = status()
         self.posted: list[models.Message] = []
+        self.silences = 0
 
     def status(self) -> models.Status:
         if self.script and (newest := self.script[0]()) is not None:
@@ -65,6 +66,9 @@ class ScriptedController:
         return reply(phase=self.newest.phase, stop=not self.newest.phase.gives_work)
 
     def page_url(self) -> str:
+        if self.silences:
+            self.silences -= 1
+            raise ControllerLostError("no answer")
         return "http://127.0.0.1:1/?token=secret"
 
     def deaths(self) -> list[tuple[str, bool]]:
@@ -167,6 +171,21 @@ def test_job_that_finishes_ends_without_a_signal_but_to_its_controller_which_is_
         (name, True) for name in ("policy-0", "policy-1", "rollout-0", "rollout-1")
     ]
     assert running.lines == []
+
+
+def test_url_of_the_page_is_shown_once_it_is_known_and_is_not_logged(
+    job: JobStarter, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    running = job(runs, runs, runs, Job.finish)
+    running.controller.silences = 2
+    assert running.run() == ExitCode.OK
+    (line,) = running.shown
+    assert line.startswith(
+        "page: http://127.0.0.1:1/?token=secret (opens once; for another URL: dray status --page "
+    )
+    assert running.lines == []
+    assert "secret" not in caplog.text
 
 
 def test_lost_rank_restarts_the_whole_group_once_and_nothing_else(job: JobStarter) -> None:
