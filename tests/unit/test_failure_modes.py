@@ -20,7 +20,7 @@ COUNTS = (
     ("R", 17),
     ("Z", 13),
     ("V", 4),
-    ("X", 16),
+    ("X", 17),
     ("Y", 31),
 )
 ROWS = [f"{letter}{number}" for letter, count in COUNTS for number in range(1, count + 1)]

@@ -13,10 +13,12 @@ from dray import __version__
 from dray.cli.doctor import doctor
 from dray.cli.extras import remedy, require_extra
 from dray.cli.job_options import JobArgument, LogLevelOption, OutputOption, Settings, read_job
+from dray.cli.logs import logs
 from dray.cli.new import new
 from dray.cli.recordings import inspect, record, replay
 from dray.cli.slurm import slurm
 from dray.cli.status import status
+from dray.cli.top import top
 from dray.errors import ConfigError, DrayError, MissingDependencyError, error_lines
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import short_path
@@ -112,6 +114,8 @@ app.command()(new)
 app.command()(check)
 app.command()(run)
 app.command()(status)
+app.command()(logs)
+app.command()(top)
 app.command()(record)
 app.command()(replay)
 app.command()(inspect)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +13,7 @@ import typer
 
 from dray.cli.extras import require_extra
 from dray.errors import ConfigError
-from dray.files import read_private_file
+from dray.files import open_own_folder, read_private_file
 from dray.jobs.folder import JobFolder
 from dray.text import MAX_LINE, printable
 
@@ -38,6 +40,12 @@ def status(
             "--json", help="Print one JSON object: the response to GET /status, and the controller's URL."
         ),
     ] = False,
+    page: Annotated[
+        bool,
+        typer.Option(
+            "--page", help="Print a URL that opens the job's page in a browser, once, within 10 minutes."
+        ),
+    ] = False,
 ) -> None:
     """Show the state of a running job: phase, step, replicas, and the controller's URL.
 
@@ -50,6 +58,9 @@ def status(
     folder = JobFolder(output if output is not None else find_running(Path("outputs")))
     url, token = read_address(folder)
     with ControllerClient(url, token, ANSWER_BOUND) as client:
+        if page:
+            typer.echo(client.page_url())
+            return
         answer = client.status()
     if as_json:
         typer.echo(json.dumps({"controller": url, **answer.model_dump(mode="json")}, indent=2))
@@ -69,6 +80,23 @@ def find_running(place: Path) -> Path:
         names = ", ".join(map(str, found)) or "there is none"
         raise ConfigError("OUTPUT", str(place), f"{_ALLOWED}; under {place}/: {names}")
     return found[0]
+
+
+def is_running(folder: JobFolder) -> bool:
+    """Whether a job runs in the folder: it is locked by that job.
+
+    Where the file system has no locks, the folder of the run, which an ended job removes, decides.
+    """
+    if not folder.run.is_dir():
+        return False
+    descriptor = open_own_folder(folder.root, "OUTPUT")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def read_address(folder: JobFolder) -> tuple[str, str]:

@@ -29,6 +29,11 @@ class JobFolder:
         return (self.root if self.attempt is None else self.root / "parts" / self.attempt) / "logs"
 
     @property
+    def newest_logs(self) -> Path:
+        """The folder of logs of the run, of its newest attempt if it takes several."""
+        return self.latest / "logs" if self.latest.is_dir() else self.logs
+
+    @property
     def latest(self) -> Path:
         """A symbolic link to the folder of the newest attempt."""
         return self.root / "latest"

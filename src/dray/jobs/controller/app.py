@@ -32,14 +32,28 @@ from dray.counters import Counters
 from dray.files import write_json
 from dray.jobs.controller.listener import PROVEN, HttpServer
 from dray.jobs.controller.metrics import MEDIA_TYPE, JobMetrics
+from dray.jobs.controller.page import (
+    FILES,
+    HEADERS,
+    TOKEN_SECONDS,
+    VIEW,
+    PageAccess,
+    PageGate,
+    is_page,
+    page_file,
+    unauthorised,
+)
 from dray.jobs.controller.stall import StallWatch, job_snapshot
 from dray.jobs.controller.state import Membership, final_phase
+from dray.jobs.controller.viewer import JobViewer
 from dray.jobs.controller.work_queue import WorkQueue, work_item_seed
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import JobFolder, JobSpec
+from dray.jobs.log_files import LogFiles, LogLine
 from dray.jobs.messages import models
 from dray.jobs.messages.controller_client import KEEP_ALIVE
 from dray.jobs.messages.models import MembershipError, Phase, Role
+from dray.jobs.messages.view import MAX_LOG_LINES, MAX_VIEW_WAIT, JobView, NewPageToken, PageToken
 from dray.jobs.process import begin_process, finish_process, set_log_level, shutdown_step
 
 if TYPE_CHECKING:
@@ -47,6 +61,7 @@ if TYPE_CHECKING:
 
 MAX_BODY = 4 << 20
 HTTP_CLOSE_BOUND = 2
+_MAX_LOGS = 16  # of those that were written last, the page shows lines
 _LOG = logging.getLogger("dray.jobs.controller.app")
 _HEALTH = "/healthz"
 _NOT_JSON = {"type": "json_invalid", "loc": ["body"], "msg": "JSON decode error"}
@@ -93,6 +108,8 @@ class Controller:
         self.connections = Counters(UNPROVEN_CLOSED, ACCEPT_FAILURES)
         self.final = asyncio.Event()
         self._stall = StallWatch(config.timeouts.stall)
+        self._viewer = JobViewer(config)
+        self._page = PageAccess()
         self.application = self._application()
 
     async def reap_until_final(self) -> None:
@@ -109,6 +126,8 @@ class Controller:
         if self._stall.update(job_snapshot(self.membership, MONOTONIC.now(), self._running.elapsed)):
             assert self._stall.stall is not None
             _LOG.warning("stall: %s", self._stall.stall.line)
+            self._viewer.note_stall(self._stall.stall.line, self._running.elapsed)
+        self._viewer.sample(self.membership, self._running.elapsed)
         await self._after_event()
 
     async def interrupt(self, reason: str) -> None:
@@ -145,6 +164,7 @@ class Controller:
         membership = self.membership
         while membership.notices:
             _LOG.info("%s", membership.notices.pop(0))
+        self._viewer.note_phase(membership)
         if membership.outcome is not None and self._record is not None:
             record, self._record = self._record, None
             record(self.status())
@@ -171,13 +191,17 @@ class Controller:
             },
             telemetry=_NO_TELEMETRY,  # the environment must not decide where the figures of a job are sent
         )
-        application.add_middleware(_TokenRequired, token=self._spec.token)
+        gate = PageGate(self._page, self._spec.config.controller.host)
+        application.add_middleware(_TokenRequired, token=self._spec.token, gate=gate)
         get = partial(application.add_api_route, methods=["GET"])
         get(_HEALTH, self._healthz, summary="Whether the controller is alive.", response_class=PlainTextResponse)
+        for path in FILES:
+            get(path, partial(self._file, path), include_in_schema=False, name=path)
         get = partial(get, responses={401: REFUSALS[401]}, openapi_extra=_SECURITY)
         get("/openapi.json", self._openapi, summary="This interface as an OpenAPI document.")
         get("/status", self._status, summary="Phase, outcome, replicas with their progress, stalls.")
         numbers = "The same as numbers, for Prometheus."
+        get(VIEW, self._view, summary="What the page shows: figures over time, replicas, the last reports.")
         get("/metrics", self._metrics, summary=numbers, response_class=PlainTextResponse)
         post = partial(application.add_api_route, methods=["POST"], responses=REFUSALS, openapi_extra=_SECURITY)
         post("/register", self._register, summary="A replica has started.")
@@ -188,6 +212,7 @@ class Controller:
         post("/unregister", self._unregister, summary="The last words of a replica.")
         post("/alive", self._alive, summary="The supervisor sees silent replicas run.")
         post("/died", self._died, summary="The supervisor saw a process end.")
+        post("/page-tokens", self._page_token, summary="A new one-time token that opens the page.")
         post("/stop", self._stop, summary="The supervisor ends the job early.")
         return application
 
@@ -221,6 +246,24 @@ class Controller:
 
     async def _status(self) -> models.Status:
         return self.status()
+
+    async def _view(self, response: Response, seen: int = -1) -> JobView:
+        """Answered at once, or, if the caller has seen the newest `number`, when there is a newer one."""
+        response.headers.update(HEADERS)
+        deadline = Deadline.after(MAX_VIEW_WAIT)
+        while self._viewer.number <= seen and not self.final.is_set() and not deadline.expired:
+            await self._wait_for_change(deadline)
+        log_lines = await asyncio.to_thread(self._log_lines)  # requests are answered meanwhile
+        return self._viewer.view(self.membership, self._stall.stall, self._running.elapsed, log_lines)
+
+    def _log_lines(self) -> list[LogLine]:
+        return LogFiles(self._spec.folder.newest_logs, most=_MAX_LOGS).last(MAX_LOG_LINES)
+
+    async def _file(self, path: str) -> Response:
+        return page_file(path)
+
+    async def _page_token(self, _: NewPageToken) -> PageToken:
+        return PageToken(token=self._page.new_token(), seconds=TOKEN_SECONDS)
 
     async def _metrics(self) -> Response:
         stalled = 0.0 if self._stall.stall is None else self._stall.stall.seconds
@@ -301,18 +344,24 @@ class Controller:
 
 
 class _TokenRequired:
-    """ASGI middleware that lets requests with the job's token pass; their bodies have at most `MAX_BODY` bytes."""
+    """ASGI middleware that lets requests with the job's token pass; their bodies have at most `MAX_BODY` bytes.
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
+    Requests for the page may show the page's cookie instead.
+    """
+
+    def __init__(self, app: ASGIApp, token: str, gate: PageGate) -> None:
         self._app = app
+        self._gate = gate
         self._expected = f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != _HEALTH:
             shown = Headers(scope=scope).get("authorization", "").encode()
             if not hmac.compare_digest(shown, self._expected):
-                refusal = _refusal(401, models.ErrorReply(error="unauthorised"), {"Connection": "close"})
-                return await refusal(scope, receive, send)
+                asks_for_page = is_page(scope["method"], scope["path"])
+                refusal = self._gate.refusal(Request(scope)) if asks_for_page else unauthorised()
+                if refusal is not None:
+                    return await refusal(scope, receive, send)
             if PROVEN in scope.get("state", {}):  # else it is not served by an `HttpServer`
                 scope["state"][PROVEN]()
         return await self._app(scope, _bounded(receive, scope), send)
@@ -334,8 +383,8 @@ def _bounded(receive: Receive, scope: Scope) -> Receive:
     return receive_bounded
 
 
-def _refusal(status: int, reply: models.ErrorReply, headers: dict[str, str] | None = None) -> Response:
-    return Response(reply.model_dump_json(), status, headers, media_type="application/json")
+def _refusal(status: int, reply: models.ErrorReply) -> Response:
+    return Response(reply.model_dump_json(), status, media_type="application/json")
 
 
 async def _not_a_member(_: Request, error: Exception) -> Response:

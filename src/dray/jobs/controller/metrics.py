@@ -80,6 +80,8 @@ _ROLLOUT_FIGURES = (
     ("bytes", "dray_published_bytes_total", "Payload bytes handed on."),
     ("rollouts", "dray_rollouts_total", "Calls of the worker's rollout."),
     ("rollout_seconds", "dray_rollout_seconds_total", "Time spent in the worker's rollout."),
+    ("ring_slots", "dray_ring_slots", "Slots of the replica's ring."),
+    ("ring_used_slots", "dray_ring_used_slots", "Slots of the replica's ring that are not free."),
     ("reclaimed", "dray_reclaimed_payloads_total", "Payloads freed because the stream did not list them."),
     ("abandoned", "dray_abandoned_payloads_total", "Payloads not consumed before the replica ended."),
     ("weight_payloads", "dray_weights_loaded_total", "Weights loaded."),

@@ -41,7 +41,7 @@ from dray.jobs.process import SignalInbox, closed_by_step
 from dray.jobs.queue import REDIS_STOP_BOUND
 from dray.jobs.queue.redis_server import job_redis
 from dray.jobs.replica.checkpoint import CheckpointState
-from dray.text import path_of, printable
+from dray.text import as_argument, path_of, printable
 
 # --- reports -----------------------------------------------------------------------------------------------------
 
@@ -153,7 +153,15 @@ def supervise(
             ControllerClient.of_address_file(folder.controller_address, spec.token, 1.0)
         )
         supervisor = JobSupervisor(
-            config, folder, processes, client, selector=selector, inbox=inbox, report=report, show=display.update
+            config,
+            folder,
+            processes,
+            client,
+            selector=selector,
+            inbox=inbox,
+            report=report,
+            show=display.update,
+            show_line=display.show_line,
         )
         processes.start_replicas(selector, spec)
         more = f", {len(placement.remote)} more start on other nodes" if placement.remote else ""
@@ -184,6 +192,7 @@ class JobSupervisor(ProcessSupervisor):
 
     Args:
         show: shows a status of the job.
+        show_line: shows a line that may hold a secret, and is not to be logged.
     """
 
     def __init__(
@@ -197,6 +206,7 @@ class JobSupervisor(ProcessSupervisor):
         inbox: SignalInbox,
         report: Callable[[str], None],
         show: Callable[[models.Status], None],
+        show_line: Callable[[str], None],
     ) -> None:
         super().__init__(inbox, selector, processes.hosts, report)
         self._config = config
@@ -205,11 +215,13 @@ class JobSupervisor(ProcessSupervisor):
         self._client = controller
         self._reports = Reports(controller)
         self._show = show
+        self._show_line = show_line
         self._next_status = Deadline.after(0)
         self._answered_at = Stopwatch()
         self._asked = False
         self._end_began: Stopwatch | None = None
         self._status: models.Status | None = None
+        self._page_shown = False
         self._answered = False
         self._controller_silent = True  # until it has answered for the first time
         self._silences = 0
@@ -439,6 +451,17 @@ class JobSupervisor(ProcessSupervisor):
         if seen:
             self._ask(lambda: self._client.post("/alive", models.Alive(seen=seen), models.Directive))
 
+    def _show_page(self) -> None:
+        """Show a URL of the page, except on Slurm, where what is shown is kept in a file of the job."""
+        if self._folder.attempt is None:
+            try:
+                url = self._client.page_url()
+            except ControlPlaneError:  # the controller is asked again with the next status
+                return
+            folder = as_argument(short_path(self._folder.root))
+            self._show_line(f"page: {url} (opens once; for another URL: dray status --page {folder})")
+        self._page_shown = True
+
     def _refresh_status(self) -> None:
         try:
             self._status = self._client.status()
@@ -461,6 +484,8 @@ class JobSupervisor(ProcessSupervisor):
             self._stalls = stalled.reports
             self._report(f"stall: {stalled.line}")
         self._show(self._status)
+        if not self._page_shown and not self._is_ending:
+            self._show_page()
 
 
 def _members(status: models.Status | None) -> dict[tuple[str, int], models.MemberStatus]:

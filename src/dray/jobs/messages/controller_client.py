@@ -25,6 +25,7 @@ from dray.files import read_private_file
 from dray.forking import descriptor_not_inherited, not_inherited
 from dray.jobs.messages import models
 from dray.jobs.messages.models import MembershipError
+from dray.jobs.messages.view import JobView, NewPageToken, PageToken
 from dray.resources import Closing
 
 KEEP_ALIVE = 30.0
@@ -116,6 +117,17 @@ class ControllerClient(Closing):
     def status(self) -> models.Status:
         """The job's status; raises as `post` does."""
         return self._run(self._request("GET", "/status", None, models.Status, Deadline.after(self._timeout)))
+
+    def view(self, seen: int = -1) -> JobView:
+        """What the page shows: as soon as its number is above `seen`, and otherwise after `MAX_VIEW_WAIT` seconds.
+
+        Raises as `post` does.
+        """
+        return self._run(self._request("GET", f"/view?seen={seen}", None, JobView, Deadline.after(self._timeout)))
+
+    def page_url(self) -> str:
+        """A URL that opens the job's page, once; raises as `post` does."""
+        return f"{self.url}/?token={self.post('/page-tokens', NewPageToken(), PageToken).token}"
 
     def hurry(self) -> None:
         """The process is about to end: from now on, and for calls under way, wait at most the `hurried` seconds,

@@ -128,6 +128,7 @@ class Activity:
         self._since = MONOTONIC.now()
         self._waits_for = ""
         self._ages: Callable[[], Mapping[AgeKind, float | None]] = dict
+        self._gauges: Callable[[], Mapping[str, float]] = dict
         self._values: dict[str, float] = {}
         self._labels: dict[str, str] = {}
         self._metrics: dict[str, float] = {}
@@ -149,6 +150,11 @@ class Activity:
         """Report the result of `ages`: seconds of the oldest payload, lease and unacknowledged reference."""
         with self._lock:
             self._ages = ages
+
+    def show_gauges(self, gauges: Callable[[], Mapping[str, float]]) -> None:
+        """Report the result of `gauges`, as of the moment of each report, among dray's own figures."""
+        with self._lock:
+            self._gauges = gauges
 
     def show(self, name: str, value: float | str) -> None:
         """Put the newest `value` of a gauge or a label on the status page; an empty label is left out."""
@@ -190,7 +196,7 @@ class Activity:
             return models.ProgressReport(
                 doing=self._doing,
                 seconds=MONOTONIC.now() - self._since,
-                counters={**self.counters.snapshot(), **self._values},
+                counters={**self.counters.snapshot(), **self._values, **self._gauges()},
                 labels=dict(self._labels),
                 waits_for=self._waits_for,
                 ages={kind: age for kind, age in self._ages().items() if age is not None},

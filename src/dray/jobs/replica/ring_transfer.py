@@ -126,6 +126,7 @@ class RingPublisher:
         self._orphans = OrphanWatch(_ORPHANED_AFTER)
         self._next_check = Deadline.after(_CHECK_INTERVAL)
         activity.show_ages(self._ages)
+        activity.show_gauges(self._fill)
 
     def put(self, payload: RolloutPayload) -> bool:
         """Hand it on, waiting while there is no room; False if stopped before. One call at a time.
@@ -183,6 +184,13 @@ class RingPublisher:
         except BufferClosedError:
             return {}
         return {"payload": statistics.oldest_ready_age, "lease": statistics.oldest_lease_age}
+
+    def _fill(self) -> Mapping[str, float]:
+        try:
+            statistics = self._ring.statistics()
+        except BufferClosedError:
+            return {}
+        return {"ring_slots": statistics.slots, "ring_used_slots": statistics.slots - statistics.free}
 
     def _reclaim(self) -> None:
         """Every few seconds: free payloads that no consumer will ask for, and publish again those whose entries

@@ -53,6 +53,7 @@ class ScriptedController:
         self.script = list(script)
         self.newest = status()
         self.posted: list[models.Message] = []
+        self.silences = 0
 
     def status(self) -> models.Status:
         if self.script and (newest := self.script[0]()) is not None:
@@ -63,6 +64,12 @@ class ScriptedController:
     def post(self, path: str, body: models.Message, reply: type[Any]) -> Any:
         self.posted.append(body)
         return reply(phase=self.newest.phase, stop=not self.newest.phase.gives_work)
+
+    def page_url(self) -> str:
+        if self.silences:
+            self.silences -= 1
+            raise ControllerLostError("no answer")
+        return "http://127.0.0.1:1/?token=secret"
 
     def deaths(self) -> list[tuple[str, bool]]:
         """The replicas whose end was reported, and whether that was final."""
@@ -78,6 +85,7 @@ class Job:
         self.host = ScriptedHost(self.selector)
         self.controller = ScriptedController(*((lambda step=step: step(self)) for step in script))
         self.lines: list[str] = []
+        self.shown: list[str] = []
         job_folder = JobFolder(folder)
         placement = JobPlacement(job_folder, "127.0.0.1", ranks=2, rollouts=range(2))
         self.processes = JobProcesses(CONFIG, placement, self.host)
@@ -94,6 +102,7 @@ class Job:
             inbox=self.inbox,
             report=self.lines.append,
             show=lambda _: None,
+            show_line=self.shown.append,
         )
 
     def run(self) -> int:
@@ -162,6 +171,21 @@ def test_job_that_finishes_ends_without_a_signal_but_to_its_controller_which_is_
         (name, True) for name in ("policy-0", "policy-1", "rollout-0", "rollout-1")
     ]
     assert running.lines == []
+
+
+def test_url_of_the_page_is_shown_once_it_is_known_and_is_not_logged(
+    job: JobStarter, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    running = job(runs, runs, runs, Job.finish)
+    running.controller.silences = 2
+    assert running.run() == ExitCode.OK
+    (line,) = running.shown
+    assert line.startswith(
+        "page: http://127.0.0.1:1/?token=secret (opens once; for another URL: dray status --page "
+    )
+    assert running.lines == []
+    assert "secret" not in caplog.text
 
 
 def test_lost_rank_restarts_the_whole_group_once_and_nothing_else(job: JobStarter) -> None:

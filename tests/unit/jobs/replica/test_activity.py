@@ -43,6 +43,14 @@ def test_ages_are_asked_for_when_reported() -> None:
     assert activity.report().ages == {"payload": 2.0}
 
 
+def test_gauges_are_asked_for_when_reported_and_are_among_the_counters() -> None:
+    activity, gauges = Activity(), {"ring_slots": 16.0, "ring_used_slots": 1.0}
+    activity.counters.add("payloads", 8)
+    activity.show_gauges(lambda: gauges)
+    gauges["ring_used_slots"] = 2.0
+    assert activity.report().counters == {"payloads": 8, "ring_slots": 16.0, "ring_used_slots": 2.0}
+
+
 def test_metrics_of_the_trainer_are_kept_apart_from_drays_own_figures() -> None:
     activity = Activity()
     activity.counters.add("payloads", 8)
