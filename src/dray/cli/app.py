@@ -17,6 +17,7 @@ from dray.cli.new import new
 from dray.cli.recordings import inspect, record, replay
 from dray.cli.slurm import slurm
 from dray.cli.status import status
+from dray.cli.trace import trace
 from dray.errors import ConfigError, DrayError, MissingDependencyError, error_lines
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import short_path
@@ -112,6 +113,7 @@ app.command()(new)
 app.command()(check)
 app.command()(run)
 app.command()(status)
+app.command()(trace)
 app.command()(record)
 app.command()(replay)
 app.command()(inspect)
