@@ -1,6 +1,7 @@
 """A job writes where the time of its payloads goes, also when its processes are killed or its disk is full."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -118,6 +119,26 @@ def test_trace_survives_the_kill_of_a_rollout_and_of_the_policy(tmp_path: Path) 
     assert len(spans_in(job.output / "trace" / "policy-0.jsonl")) > 50 * 8
     trained = [each.span for each in spans if each.span.stage is Stage.TRAIN]
     assert {span.work_item for span in trained} >= work_items(job)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            ["rollout.args.pause=0.2", "policy.args.pause=0"],
+            r"bottleneck: rollouts are slower than the trainer, .*: raise rollout\.replicas",
+        ),
+        (
+            ["policy.args.pause=0.8"],
+            r"bottleneck: training takes .*: raise policy\.replicas, or make train_step faster",
+        ),
+    ],
+)
+def test_job_names_its_bottleneck_before_its_last_line(tmp_path: Path, settings: list[str], line: str) -> None:
+    with running(tmp_path, *job_settings("job.trace=1", "job.max_steps=8", *settings)) as job:
+        assert job.end() == 1, job.story()
+    assert re.fullmatch(line, job.lines[-3]), job.lines
+    assert job.lines[-2].startswith("not solved")
 
 
 def test_job_whose_trace_cannot_be_written_continues_without_it(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ RULES: Final[Sequence[Rule]] = (
         lambda of: of.largest == "wait" and of.handing_on >= 1,
         "packing a payload and handing it over takes {handing_on:.1f} times as long as its rollout; the trainer "
         "waits for payloads {wait:.0%} of the time",
-        "raise rollout.replicas, or return smaller arrays",
+        "raise rollout.replicas",
         ("rollout.replicas",),
     ),
     Rule(

@@ -87,10 +87,10 @@ class Span(NamedTuple):
 
 # --- the file ----------------------------------------------------------------------------------------------------
 
-MAX_BYTES: Final = 8 << 20
+MAX_BYTES: Final = 4 << 20
 """Of the files of the policy replica, and of those of all rollout replicas together."""
 
-MIN_BYTES: Final = 64 << 10
+MIN_BYTES: Final = 16 << 10
 """That the files of one rollout replica may have, however many replicas there are."""
 
 
