@@ -19,6 +19,7 @@ from dray.jobs.queue import (
 )
 from dray.jobs.replica.heartbeat import Activity, Heartbeat
 from dray.jobs.replica.ring_transfer import RingPublisher
+from dray.jobs.replica.stages import StageLog
 from dray.jobs.replica.user_code import RolloutPayload
 from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer
@@ -46,7 +47,7 @@ def ring() -> Iterator[SharedRingBuffer]:
 
 
 @pytest.fixture
-def publisher(ring: SharedRingBuffer, connection: RedisConnection) -> Iterator[RingPublisher]:
+def publisher(ring: SharedRingBuffer, connection: RedisConnection, tmp_path: Path) -> Iterator[RingPublisher]:
     with PayloadServer(ring, lane="shm", threads=1, drain_timeout=0.1) as server:
         yield RingPublisher(
             ring,
@@ -56,6 +57,7 @@ def publisher(ring: SharedRingBuffer, connection: RedisConnection) -> Iterator[R
             StopFlag(),
             Activity(),
             cast(Heartbeat, None),  # a payload that is reclaimed is reported to it: there is none here
+            StageLog(tmp_path, "rollout-0", every=0, max_bytes=1, warn=print),
             inline_bytes=0,
             serve=1.0,
             timeout=10.0,

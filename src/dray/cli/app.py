@@ -19,6 +19,7 @@ from dray.cli.recordings import inspect, record, replay
 from dray.cli.slurm import slurm
 from dray.cli.status import status
 from dray.cli.top import top
+from dray.cli.trace import trace
 from dray.errors import ConfigError, DrayError, MissingDependencyError, error_lines
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import short_path
@@ -116,6 +117,7 @@ app.command()(run)
 app.command()(status)
 app.command()(logs)
 app.command()(top)
+app.command()(trace)
 app.command()(record)
 app.command()(replay)
 app.command()(inspect)

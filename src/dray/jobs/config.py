@@ -85,6 +85,7 @@ class JobTable(Table):
     transfer: Literal["reference", "inline"] = Field(default="reference", description='"reference" or "inline"')
     lane: Annotated[str, AfterValidator(_lane)] = Field(default="auto", description=_LANE_NAMES)
     log_level: LogLevel = Field(default="info", description='"debug", "info", "warning" or "error"')
+    trace: int = _count(17, least=0)
 
 
 MAX_ROLLOUT_REPLICAS = 1024

@@ -84,6 +84,11 @@ class JobFolder:
         return self.root / "run.json"
 
     @property
+    def trace(self) -> Path:
+        """The folder with the stages of payloads, a file or two of each process."""
+        return self.root / "trace"
+
+    @property
     def summary(self) -> Path:
         return self.root / "summary.json"
 

@@ -90,12 +90,13 @@ def resume_line(folder: JobFolder, state: CheckpointState) -> str:
 
 
 def attempt_folder(folder: JobFolder) -> None:
-    """Make the folder of logs of an attempt, and let the symbolic link `latest` lead to it.
+    """Make the folder of logs of an attempt and the symbolic link `latest` to it, and remove an earlier trace.
 
     Raises:
         ConfigError: there is something in its place that another user may have put there.
     """
     make_own_folders(folder.root, folder.logs, KEY)
+    shutil.rmtree(folder.trace, ignore_errors=True)
     if folder.attempt is not None:
         newer = folder.latest.with_name(f".{folder.latest.name}.{os.getpid()}")
         newer.unlink(missing_ok=True)

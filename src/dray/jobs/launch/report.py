@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from dray.errors import ConfigError
 from dray.files import write_json, write_whole
 from dray.jobs.config import JobConfig
 from dray.jobs.controller.state import FINISHED_OUTCOMES, FIRST_POLICY
 from dray.jobs.exit_codes import USER_CODES, ExitCode
 from dray.jobs.folder import JobFolder, finite, short_path
+from dray.jobs.launch.bottleneck import bottleneck, figures_of
+from dray.jobs.launch.stage_table import read_trace, stage_table
 from dray.jobs.messages.models import Phase, Role, Status
 from dray.jobs.replica.metrics import MEAN_RETURN, read_metrics
 from dray.text import printable, printable_value
@@ -52,11 +55,12 @@ def write_report(
     reason: str,
     first_step: int,
     age: float | None = None,
-) -> str:
-    """Write both files and return the line with which `dray run` ends.
+) -> list[str]:
+    """Write both files and return the lines with which `dray run` ends: its bottleneck, where that is known, and
+    its outcome.
 
-    A file that cannot be written, as on a full disk, is a warning and a remark in that line: the checkpoint and
-    the outcome of the job stand without it.
+    A file that cannot be written, as on a full disk, is a warning and a remark in the last line: the checkpoint
+    and the outcome of the job stand without it.
 
     Args:
         status: the job's last status, if there was one.
@@ -73,6 +77,9 @@ def write_report(
     outcome = status.outcome
     steps = read_metrics(folder.metrics)
     last = steps[-1]["step"] if steps else first_step
+    stages = _stages(folder, config)
+    figures = figures_of(config, status, [line for line in steps if line["step"] > first_step], stages)
+    limit = [bottleneck(figures)] if stages and figures is not None else []
     summary = {
         "job": config.job.name,
         "solved": config.stop is not None and outcome is not None and outcome.kind == "solved",
@@ -83,6 +90,7 @@ def write_report(
         "seconds": round(seconds, 2),
         "figures_age": age,
         **_counters(status),
+        "stages": stages,
         "metrics": _last_metrics(steps),
     }
     remarks = [
@@ -100,7 +108,20 @@ def write_report(
     old = "" if age is None else f" (its figures may be {age:.1f} s old: the controller was gone before the end)"
     place = short_path(folder.root) + (f" ({'; '.join(remarks)})" if remarks else "") + old
     detail = reason.removeprefix("not solved ") if head == "not solved" else reason
-    return f"{head}{' ' if head == 'not solved' else ': '}{detail}, after {seconds:.1f} s; see {place}"
+    return [*limit, f"{head}{' ' if head == 'not solved' else ': '}{detail}, after {seconds:.1f} s; see {place}"]
+
+
+def _stages(folder: JobFolder, config: JobConfig) -> dict[str, dict[str, float]]:
+    """The table of stages; empty where none were written."""
+    if not config.job.trace:
+        return {}
+    try:
+        return stage_table(read_trace(folder))
+    except ConfigError:
+        return {}  # no sampled payload was handed on
+    except OSError as error:
+        _LOG.warning("the stages of payloads cannot be read (%s)", error)
+        return {}
 
 
 def _remark(missing: str, write: Callable[[], None], expected: type[Exception]) -> Iterator[str]:

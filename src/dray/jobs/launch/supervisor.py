@@ -182,7 +182,7 @@ def supervise(
         first_step=state.step if state is not None else 0,
         age=None if ending.complete else supervisor.seconds_since_status,
     )
-    for line in (*later, summary):
+    for line in (*later, *summary):
         report(line)
     return ending.exit_code
 

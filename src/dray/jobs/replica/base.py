@@ -32,6 +32,7 @@ from dray.jobs.process import (
 )
 from dray.jobs.queue import JobKeys, OldEpochError, RedisAddress, RedisConnection, RedisUnavailableError
 from dray.jobs.replica.heartbeat import Activity, EndBounds, Heartbeat, Member
+from dray.jobs.replica.stages import StageLog, limit_of
 from dray.jobs.replica.user_code import UserCodeError, described_error
 from dray.streams.registry import SCOPE_VARIABLE
 from dray.text import printable
@@ -56,6 +57,7 @@ class Replica:
     Attributes:
         stop: set when the replica must end; every wait ends with it.
         activity: what the replica does, for the status page.
+        stages: where the time of its payloads is written.
         bounds: of the waits of its end.
         leaving_reason: the reason that the controller gets when the replica leaves; by default why it was to stop.
         exit_code: with which it will end, as far as that is known.
@@ -119,6 +121,15 @@ class Replica:
                 )
             )
             self.keys = JobKeys(self.spec.job_id)
+            self.stages = starting.enter_context(
+                StageLog(
+                    self.spec.folder.trace,
+                    self.name,
+                    every=config.job.trace,
+                    max_bytes=limit_of(config, self.role),
+                    warn=self.activity.warn,
+                )
+            )
             # Streams of the user's classes: two jobs on one host do not meet.
             os.environ.setdefault(SCOPE_VARIABLE, f"dray job {self.spec.job_id}")
             self._resources = starting.pop_all()

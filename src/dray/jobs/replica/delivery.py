@@ -101,9 +101,16 @@ def diagram() -> str:
 
 
 class PayloadTracker:
-    """The payloads of a policy group that are not freed; thread-safe."""
+    """The payloads of a policy group that are not freed; thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        changed: called with a state and the payloads that have just come to it.
+    """
+
+    def __init__(
+        self, changed: Callable[[PayloadState, Sequence[Delivery]], None] = lambda state, come: None
+    ) -> None:
+        self._changed = changed
         self._lock = threading.Lock()
         self._states: dict[PayloadId, PayloadState] = {}
         self._within: dict[PayloadState, dict[PayloadId, Delivery]] = {state: {} for state in PayloadState}
@@ -118,6 +125,7 @@ class PayloadTracker:
                     self._states[each] = PayloadState.RECEIVED
                     self._within[PayloadState.RECEIVED][each] = delivery
                     fresh.append(delivery)
+        self._changed(PayloadState.RECEIVED, fresh)
         return fresh
 
     def apply(self, event: PayloadEvent, ids: Iterable[PayloadId]) -> None:
@@ -126,6 +134,7 @@ class PayloadTracker:
         Raises:
             IllegalPayloadTransition: the table does not have this event for the state of one of them.
         """
+        come: dict[PayloadState, list[Delivery]] = {}
         with self._lock:
             for each in ids:
                 before = self._states.get(each)
@@ -134,11 +143,14 @@ class PayloadTracker:
                     state = "unknown" if before is None else before.value
                     raise IllegalPayloadTransition(f"payload {each} is {state}: it cannot {event.value}")
                 delivery = self._within[before].pop(each)
+                come.setdefault(after, []).append(delivery)
                 if after in (PayloadState.FREED, PayloadState.TAKEN):
                     del self._states[each]
                 else:
                     self._states[each] = after
                     self._within[after][each] = delivery
+        for state, deliveries in come.items():
+            self._changed(state, deliveries)
 
     def within(self, *states: PayloadState) -> list[Delivery]:
         """The payloads in these states, state by state, the first to come to it first."""
@@ -238,6 +250,7 @@ class Deliveries:
         epoch_file: where the group's epoch is kept beside Redis.
         count: adds to a counter of the replica: `discarded`, `too_old` or `dead_letters`.
         ending: whether the replica must end.
+        payloads: their states.
 
     Attributes:
         contributed: payloads that the weights are trained on.
@@ -257,6 +270,7 @@ class Deliveries:
         epoch_file: Path,
         count: Callable[[str, int], None],
         ending: Callable[[], bool],
+        payloads: PayloadTracker | None = None,
         clock: Clock = MONOTONIC,
     ) -> None:
         self._queue = queue
@@ -273,7 +287,7 @@ class Deliveries:
         self._patience = 2 * config.controller.dead_after
         self._timeout = config.timeouts.redis
         self._clock = clock
-        self.payloads = PayloadTracker()
+        self.payloads = PayloadTracker() if payloads is None else payloads
         self._window: StalenessWindow  # since `open`
         self._window_lock = threading.Lock()
         self._overdue = self._starving = Deadline.after(self._patience, clock)

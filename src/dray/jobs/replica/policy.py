@@ -34,11 +34,12 @@ from dray.jobs.replica.checkpoint import (
     save_checkpoint,
     trainer_folder,
 )
-from dray.jobs.replica.delivery import Deliveries
+from dray.jobs.replica.delivery import Deliveries, PayloadTracker
 from dray.jobs.replica.entry_points import load_entry_point
 from dray.jobs.replica.metrics import MEAN_RETURN, MetricsLog, StopCondition, StopMetricError
 from dray.jobs.replica.ranks import Batch, KeptArrays, Ranks, RankWorker
 from dray.jobs.replica.read_ahead import ReadAhead
+from dray.jobs.replica.stages import PayloadStages, Stage
 from dray.jobs.replica.transfer import TrajectoryReader, WeightsPublisher, policy_ends, rank_reader
 from dray.jobs.replica.user_code import (
     UserCodeError,
@@ -97,11 +98,12 @@ def work(restarts: int, descriptors: Sequence[int], replica: Replica) -> ExitCod
             replica.stop.disposable = False
             timeout = config.timeouts.read
             return RankWorker(trainer, channels[0], reader, replica.activity, timeout=timeout).run()
-        trajectories, weights = opened.enter_context(policy_ends(replica))
+        stages = PayloadStages(replica.stages)
+        trajectories, weights = opened.enter_context(policy_ends(replica, stages.freed))
         log = opened.enter_context(MetricsLog(replica.spec.folder.metrics))
         record = config.policy.record
         recorder = None if record is None else opened.enter_context(Recorder(replica.spec.folder.root / record))
-        return Training(replica, trainer, ranks, trajectories, weights, log, recorder).run(
+        return Training(replica, trainer, ranks, trajectories, weights, log, recorder, stages).run(
             may_load=replica.spec.resume or restarts > 0
         )
 
@@ -130,6 +132,7 @@ class Training:
         weights: WeightsPublisher,
         log: MetricsLog,
         recorder: Recorder | None,
+        stages: PayloadStages,
     ) -> None:
         self._replica = replica
         self._config = replica.spec.config
@@ -139,6 +142,7 @@ class Training:
         self._weights = weights
         self._log = log
         self._recorder = recorder
+        self._stages = stages
         self._began = MONOTONIC.now()
         self._step = 0
         self._version = 0
@@ -239,6 +243,7 @@ class Training:
             epoch_file=replica.spec.folder.group_epoch,
             count=replica.activity.counters.add,
             ending=lambda: replica.stop.is_set,
+            payloads=PayloadTracker(self._stages.changed),
         )
         replica.stop.disposable = False
         deliveries.open()
@@ -255,6 +260,7 @@ class Training:
             version=self._version,
             count=self._replica.activity.counters.add,
             ending=lambda: stop.is_set,
+            reading=self._stages.reading,
         ) as self._ahead:
             stop.on_set(self._ahead.wake)
             while not solved and not stop.is_set and self._step < self._config.job.max_steps:
@@ -370,10 +376,11 @@ class Training:
 
     def _publish_weights(self) -> None:
         self._replica.activity.doing("publishing weights")
-        self._ranks.weights()
-        arrays = returned_arrays(self._trainer, "weights", call_user(self._trainer, "weights"))
-        with carried(self._trainer, "weights"):
-            self._weights.publish(arrays, self._version, self._queue.epoch)
+        with self._replica.stages.measuring(Stage.WEIGHTS, self._step):
+            self._ranks.weights()
+            arrays = returned_arrays(self._trainer, "weights", call_user(self._trainer, "weights"))
+            with carried(self._trainer, "weights"):
+                self._weights.publish(arrays, self._version, self._queue.epoch)
         self._replica.activity.counters.add("weights_published")
 
     def _record(
@@ -444,8 +451,9 @@ class Training:
             totals=self._totals(),
         )
         writing = Stopwatch()
-        self._log.sync()
-        save_checkpoint(self._replica.spec.folder.checkpoint, state, self._save_trainers)
+        with self._replica.stages.measuring(Stage.CHECKPOINT, self._step):
+            self._log.sync()
+            save_checkpoint(self._replica.spec.folder.checkpoint, state, self._save_trainers)
         self._saved_step = self._step
         _LOG.info("checkpoint of step %d written in %.2f s", self._step, writing.elapsed)
         self._deliveries.commit()

@@ -22,6 +22,7 @@ SLICE = 0.5
 """Seconds after which a wait without an event is interrupted."""
 
 Read = Callable[[Sequence[Delivery]], Iterable[tuple[Delivery, Arrays | DrayError]]]
+"""Gives the arrays of each delivery, or why they cannot be had."""
 
 
 class ReadAhead(Closing):
@@ -33,6 +34,7 @@ class ReadAhead(Closing):
         version: of the weights that the first batch trains.
         count: adds to a counter of the replica, by name.
         ending: whether the replica must end.
+        reading: called with the payloads whose arrays are about to be read.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class ReadAhead(Closing):
         version: int,
         count: Callable[[str, int], None],
         ending: Callable[[], bool],
+        reading: Callable[[Sequence[Delivery]], None] = lambda deliveries: None,
     ) -> None:
         self._deliveries = deliveries
         self._read = read
@@ -53,6 +56,7 @@ class ReadAhead(Closing):
         self._version = version
         self._count = count
         self._ending = ending
+        self._reading = reading
         self._batch = Batch(batch_size, parts)
         self._changed = threading.Condition()
         self._closing = False
@@ -160,6 +164,7 @@ class ReadAhead(Closing):
         if not found:
             return
         dealt = batch.deal(found)
+        self._reading(found)
         failed: dict[str, Failure] = {}
         for delivery, arrays in self._timed(self._read(dealt[0])):
             entry = delivery.entry

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
-from dray.clock import Deadline
+from dray.clock import MONOTONIC, Deadline
 from dray.counters import Counters
 from dray.errors import DrayError, PayloadFormatError, PayloadTooLargeError
 from dray.identifiers import PayloadId
@@ -27,6 +27,7 @@ from dray.jobs.queue import (
     StreamLostError,
     WeightsChannel,
 )
+from dray.jobs.replica.stages import StageLog, handed_on
 from dray.jobs.replica.user_code import RolloutPayload
 from dray.payload import Arrays, plan, unpack
 
@@ -41,17 +42,27 @@ class RedisPublisher:
 
     Args:
         name: of the replica.
+        stages: where the time that a payload takes is written.
         kept: copies of the newest payloads that are kept, to publish them again after a loss.
         timeout: seconds that Redis may take to answer.
     """
 
     def __init__(
-        self, queue: RolloutProducer, name: str, stop: StopFlag, counters: Counters, *, kept: int, timeout: float
+        self,
+        queue: RolloutProducer,
+        name: str,
+        stop: StopFlag,
+        counters: Counters,
+        stages: StageLog,
+        *,
+        kept: int,
+        timeout: float,
     ) -> None:
         self._queue = queue
         self._name = name
         self._stop = stop
         self._counters = counters
+        self._stages = stages
         self._timeout = timeout
         self._producer = secrets.token_hex(16)
         self._sequence = 0
@@ -59,7 +70,9 @@ class RedisPublisher:
         self._next_check = Deadline.after(_CHECK_INTERVAL)
 
     def put(self, payload: RolloutPayload) -> bool:
+        began = MONOTONIC.now()
         image = bytes(_packed(payload.arrays))
+        packed = MONOTONIC.now()
         entry = payload.entry(self._name, self._producer, self._sequence, image=image)
         while not self._stop.is_set:
             try:
@@ -73,6 +86,7 @@ class RedisPublisher:
             else:
                 self._sequence += 1
                 self._recent.append(entry)
+                self._stages.add(handed_on(self._stages, payload, entry.identity, began, packed))
                 self._counters.add_all({"payloads": 1, "bytes": len(image)})
                 return True
         return False

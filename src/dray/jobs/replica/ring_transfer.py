@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dray.clock import MONOTONIC, Deadline
@@ -22,6 +22,7 @@ from dray.jobs.queue import (
     StreamLostError,
 )
 from dray.jobs.replica.heartbeat import Activity, AgeKind, Heartbeat
+from dray.jobs.replica.stages import StageLog, handed_on
 from dray.jobs.replica.user_code import RolloutPayload
 from dray.payload import Arrays, plan, unpack
 from dray.prefetch import BatchReader
@@ -42,11 +43,19 @@ class GroupSource:
     Args:
         in_place: large payloads of this machine are read in their slots, which stay leased until the last array of
             each is gone.
+        freed: called with payloads that all of the clients have consumed.
     """
 
-    def __init__(self, clients: Sequence[PayloadClient], *, in_place: bool) -> None:
+    def __init__(
+        self,
+        clients: Sequence[PayloadClient],
+        *,
+        in_place: bool,
+        freed: Callable[[Iterable[PayloadId]], None] = lambda ids: None,
+    ) -> None:
         self._clients = clients
         self._in_place = in_place
+        self._freed = freed
         self.read = clients[0].read
 
     def read_many(
@@ -59,7 +68,9 @@ class GroupSource:
 
     def consume(self, refs: Iterable[PayloadRef], *, timeout: float | None) -> int:
         deadline, wanted = Deadline.after(timeout), tuple(refs)
-        return sum(client.consume(wanted, timeout=deadline.timeout) for client in self._clients)
+        consumed = sum(client.consume(wanted, timeout=deadline.timeout) for client in self._clients)
+        self._freed(ref.id for ref in wanted)
+        return consumed
 
     def close(self) -> None:
         for client in self._clients:
@@ -93,6 +104,7 @@ class RingPublisher:
 
     Args:
         name: of the replica.
+        stages: where the time that a payload takes is written.
         inline_bytes: payloads of up to this size are copied into their entries.
         serve: seconds for which payloads are served once it is known that the job ends.
         timeout: seconds that Redis may take to answer.
@@ -107,6 +119,7 @@ class RingPublisher:
         stop: StopFlag,
         activity: Activity,
         heartbeat: Heartbeat,
+        stages: StageLog,
         *,
         inline_bytes: int,
         serve: float,
@@ -119,6 +132,7 @@ class RingPublisher:
         self._stop = stop
         self._activity = activity
         self._heartbeat = heartbeat
+        self._stages = stages
         self._inline_bytes = inline_bytes
         self._serve = serve
         self._timeout = timeout
@@ -134,9 +148,11 @@ class RingPublisher:
         Raises:
             PayloadError: its arrays cannot be carried; where there are too many bytes, the message names the key.
         """
+        began = MONOTONIC.now()
         reference = self._claim(payload.arrays)
         if reference is None:
             return False
+        packed = MONOTONIC.now()
         entry = payload.entry(
             self._name,
             reference.producer.hex(),
@@ -151,6 +167,7 @@ class RingPublisher:
             self._queue.publish(entry, timeout=self._timeout)
         except StreamLostError:
             self.refresh()
+        self._stages.add(handed_on(self._stages, payload, entry.identity, began, packed))
         self._activity.counters.add_all({"payloads": 1, "bytes": reference.nbytes})
         self._reclaim()
         return True

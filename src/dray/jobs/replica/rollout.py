@@ -271,7 +271,8 @@ class Rollouts(abc.ABC):
     def _payloads(self, assignment: Assignment, found: object, version: int, began: float) -> list[RolloutPayload]:
         """What `rollout` has returned, which began at the time `began` with weights of `version`."""
         expected = self._config.payloads_per_work_item
-        payloads = returned_payloads(self._worker, found, expected, assignment.item.index, version)
+        times = (began, MONOTONIC.now())
+        payloads = returned_payloads(self._worker, found, expected, assignment.item.index, version, times)
         self._activity.counters.add_all({"rollouts": 1, "rollout_seconds": MONOTONIC.now() - began})
         return payloads
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+from dray.identifiers import PayloadId
 from dray.jobs.process import folder_is_local, own_address
 from dray.jobs.queue import RolloutProducer, WeightsChannel
 from dray.jobs.replica.base import Replica
@@ -47,6 +48,7 @@ def rollout_ends(replica: Replica) -> Iterator[tuple[TrajectoryPublisher, Weight
             replica.name,
             stop,
             activity.counters,
+            replica.stages,
             kept=unfinished,
             timeout=config.timeouts.redis,
         )
@@ -76,6 +78,7 @@ def rollout_ends(replica: Replica) -> Iterator[tuple[TrajectoryPublisher, Weight
                 stop,
                 activity,
                 replica.heartbeat,
+                replica.stages,
                 inline_bytes=config.rollout.inline_bytes,
                 serve=replica.bounds.serve,
                 timeout=config.timeouts.redis,
@@ -85,15 +88,21 @@ def rollout_ends(replica: Replica) -> Iterator[tuple[TrajectoryPublisher, Weight
 
 
 @contextmanager
-def policy_ends(replica: Replica) -> Iterator[tuple[TrajectoryReader, WeightsPublisher]]:
-    """The ends of the first policy replica."""
+def policy_ends(
+    replica: Replica, freed: Callable[[Iterable[PayloadId]], None]
+) -> Iterator[tuple[TrajectoryReader, WeightsPublisher]]:
+    """The ends of the first policy replica.
+
+    Args:
+        freed: called with payloads that their producers have freed.
+    """
     config, channel = replica.spec.config, WeightsChannel(replica.redis, replica.keys)
     if config.job.transfer == "inline":
         yield RedisReader(), RedisWeightsPublisher(channel)
         return
     with ExitStack() as opened:
         clients = [opened.enter_context(_client(replica, reader)) for reader in range(config.policy.readers)]
-        batches = _batch_reader(replica, clients)
+        batches = _batch_reader(replica, clients, freed)
         # The last heartbeat has what is left when every request has ended, not what was under way before.
         opened.callback(lambda: replica.activity.show("unfreed", float(batches.unfreed)))
         opened.enter_context(batches)
@@ -118,12 +127,16 @@ def rank_reader(replica: Replica) -> BatchReader:
     return _batch_reader(replica, [_client(replica, replica.index % replica.spec.config.policy.readers)])
 
 
-def _batch_reader(replica: Replica, clients: Sequence[PayloadClient]) -> BatchReader:
+def _batch_reader(
+    replica: Replica,
+    clients: Sequence[PayloadClient],
+    freed: Callable[[Iterable[PayloadId]], None] = lambda ids: None,
+) -> BatchReader:
     config = replica.spec.config
     # A committed payload is freed however long its producer takes to answer. The slots of the rings limit how many
     # payloads wait.
     return BatchReader(
-        GroupSource(clients, in_place=config.policy.in_place),
+        GroupSource(clients, in_place=config.policy.in_place, freed=freed),
         read_timeout=config.timeouts.read,
         consume=False,
         free_attempts=sys.maxsize,

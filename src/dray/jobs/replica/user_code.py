@@ -284,6 +284,7 @@ class RolloutPayload:
         weight_version: of the weights with which the rollout began.
         part: which of the `parts` payloads of the work item it is, from 0.
         metadata: a JSON object; empty for none.
+        times: when the rollout began and ended, on the monotonic clock.
     """
 
     arrays: dict[str, Any]
@@ -292,6 +293,7 @@ class RolloutPayload:
     part: int = 0
     parts: int = 1
     metadata: str = ""
+    times: tuple[float, float] = (0.0, 0.0)
 
     def entry(
         self,
@@ -320,13 +322,19 @@ class RolloutPayload:
 
 
 def returned_payloads(
-    worker: object, found: object, expected: int | None, work_item: int, weight_version: int
+    worker: object,
+    found: object,
+    expected: int | None,
+    work_item: int,
+    weight_version: int,
+    times: tuple[float, float] = (0.0, 0.0),
 ) -> list[RolloutPayload]:
     """The payloads that `rollout` of `worker` returned for a work item, at least one.
 
     Args:
         expected: `rollout.payloads_per_work_item`.
         weight_version: of the weights with which the rollout began.
+        times: when it began and ended, on the monotonic clock.
 
     Raises:
         UserValueError: it is neither a mapping nor a list of them, or there are fewer or more than expected.
@@ -352,7 +360,7 @@ def returned_payloads(
             where += "a Rollout whose arrays are "
         arrays = returned_arrays(worker, "rollout", found_arrays, where)
         encoded = _encoded(call, metadata)
-        payloads.append(RolloutPayload(arrays, work_item, weight_version, index, len(results), encoded))
+        payloads.append(RolloutPayload(arrays, work_item, weight_version, index, len(results), encoded, times))
     return payloads
 
 

@@ -81,7 +81,7 @@ def test_summary_and_last_line_state_how_old_their_figures_are_when_the_controll
     folder = JobFolder(tmp_path)
 
     def written(age: float | None) -> tuple[Any, str]:
-        line = write_report(
+        (line,) = write_report(
             folder, config_of(), None, seconds=3.0, exit_code=1, reason="it broke", first_step=0, age=age
         )
         return json.loads(folder.summary.read_text())["figures_age"], line
@@ -187,7 +187,7 @@ def test_file_that_cannot_be_written_is_a_warning_and_not_the_end_of_the_run(
 ) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / name).mkdir()
-    line = write_report(
+    (line,) = write_report(
         *(with_metrics(tmp_path, [{"mean_return": 0.5}]), config_of(), None),
         seconds=3.0, exit_code=1, reason="not solved within 3 steps", first_step=0,
     )  # fmt: skip
