@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+from dray.agent import register
 from dray.jobs.process import folder_is_local, own_address
 from dray.jobs.queue import RolloutProducer, WeightsChannel
 from dray.jobs.replica.base import Replica
@@ -33,6 +34,7 @@ WeightsSubscriber = StreamWeightsSubscriber | RedisWeightsSubscriber
 
 _FREE_PAUSE = 2.0
 _MAX_SOCKET_FOLDER = 80
+_HEIR_LANES = ("shm", "tcp")
 
 
 @contextmanager
@@ -56,7 +58,7 @@ def rollout_ends(replica: Replica) -> Iterator[tuple[TrajectoryPublisher, Weight
         ring = opened.enter_context(
             SharedRingBuffer(config.rollout.slots, config.rollout.slot_bytes, readers=config.policy.readers)
         )
-        server = opened.enter_context(_server(replica, ring))
+        server = _server(replica, ring, opened)
         weights = opened.enter_context(
             StreamWeightsSubscriber(
                 channel,
@@ -131,22 +133,38 @@ def _batch_reader(replica: Replica, clients: Sequence[PayloadClient]) -> BatchRe
     )
 
 
-def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
+def _server(replica: Replica, ring: SharedRingBuffer, opened: ExitStack) -> PayloadServer:
+    """A server of the ring, which is registered with the agent of this machine. `opened` closes both."""
     config = replica.spec.config
+    max_leases = max(8, ring.slots)
+    registration = register(
+        ring,
+        name=replica.name,
+        lanes=_HEIR_LANES if config.job.lane == "auto" else (config.job.lane,),
+        host=own_address(),
+        secret=replica.spec.secret,
+        max_leases=max_leases,
+    )
     sockets = replica.spec.folder.run / "sockets"
     # A Unix socket's path is short by law, and has no control characters in a reference: else the default place.
     fits = folder_is_local() and len(str(sockets)) <= _MAX_SOCKET_FOLDER and not has_control(str(sockets))
-    return PayloadServer(
-        ring,
-        lane=config.job.lane,
-        host=own_address(),
-        threads=config.rollout.server_threads,
-        secret=replica.spec.secret,
-        max_leases=max(8, ring.slots),
-        drain_timeout=replica.bounds.transfers,
-        join_timeout=replica.bounds.threads,
-        directory=sockets if fits else None,
+    server = opened.enter_context(
+        PayloadServer(
+            ring,
+            lane=config.job.lane,
+            host=own_address(),
+            threads=config.rollout.server_threads,
+            secret=replica.spec.secret,
+            max_leases=max_leases,
+            drain_timeout=replica.bounds.transfers,
+            join_timeout=replica.bounds.threads,
+            directory=sockets if fits else None,
+            heirs=() if registration is None else registration.endpoints,
+        )
     )
+    if registration is not None:
+        opened.enter_context(registration)
+    return server
 
 
 def _client(replica: Replica, reader: int) -> PayloadClient:
