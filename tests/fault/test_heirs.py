@@ -14,7 +14,7 @@ from transport_fixtures import Child, pattern, reference
 from waiting import wait_until
 
 from dray import PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer
-from dray.agent import AGENT_VARIABLE, Agent, Registration, register
+from dray.agent import AGENT_VARIABLE, Agent, Registration, find_agent, register
 from dray.agent.messages import MAX_MESSAGE, Answer, Request
 from dray.errors import (
     ConfigError,
@@ -224,15 +224,49 @@ def test_h2_an_owner_continues_when_the_agent_is_killed_and_its_payloads_end_wit
                 other.read_bytes(second, timeout=20)
 
 
+STANDING_AGENT = """
+import dataclasses
+from dray.agent import Agent, standing_folder
+with standing_folder() as folder, Agent(folder) as agent:
+    send(str(agent.path))
+    while receive() is not None:
+        send(dataclasses.asdict(agent.statistics()))
+"""
+
+
+def test_h2_an_agent_that_restarts_is_the_heir_of_living_owners(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DRAY_RUNTIME_DIR", str(tmp_path))
+    with Child(STANDING_AGENT) as first:
+        path = first.receive()
+        assert find_agent() == Path(path)
+        with Child(OWNER, agent=path, lanes=["shm"], slots=4, secret="") as child:
+            child.receive()
+            refs = put(child, 1, 2)
+            first.kill()
+            with Child(STANDING_AGENT) as second:
+                assert second.receive() == path
+                wait_until(lambda: second.ask("statistics")["registered"] == 1, "the owner to register again")
+                child.kill()
+                with client_of("shm") as client:
+                    for seed, ref in enumerate(refs, 1):
+                        assert client.read_bytes(ref, timeout=20).tobytes() == pattern(seed, NBYTES)
+                second.send(None)
+                assert second.process.wait(30) == 0
+    assert find_agent() is None
+
+
 def test_h2_without_an_agent_a_ring_has_no_heir_and_one_line_reports_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     with SharedRingBuffer(4, 100) as ring:
         monkeypatch.delenv(AGENT_VARIABLE, raising=False)
-        assert register(ring, name="owner") is None
+        monkeypatch.setenv("DRAY_RUNTIME_DIR", str(tmp_path))
+        assert register(ring, find_agent(), name="owner") is None
         assert not caplog.messages
         monkeypatch.setenv(AGENT_VARIABLE, str(tmp_path / "agent.sock"))
-        assert register(ring, name="owner") is None
+        assert register(ring, find_agent(), name="owner") is None
         (line,) = caplog.messages
         assert line.startswith("no heir: ")
         with pytest.raises(Unreachable):
@@ -310,8 +344,8 @@ def test_h4_inherited_memory_and_threads_end_with_their_payloads() -> None:
                 child.kill()
                 for ref in refs:
                     client.read_bytes(ref, timeout=20)
-            wait_until(lambda: agent.statistics().inheritances == 0, "the end of the inheritance")
             wait_until(lambda: agent.statistics().registered == 0, "the end of the owner to be noticed")
+            wait_until(lambda: agent.statistics().inheritances == 0, "the end of the inheritance")
             held = set(os.listdir("/proc/self/fd"))  # noqa: PTH208  (names alone)
             before = held if before is None else before
             assert len(held) <= len(before)

@@ -24,6 +24,7 @@ from typing import Final
 
 from dray import admission
 from dray.admission import AcceptPause, Unproven
+from dray.agent.folder import SOCKET_NAME
 from dray.agent.held_ring import HeldRing, Inheritance
 from dray.agent.messages import MAX_MESSAGE, WITHDRAWN, Answer, Request
 from dray.clock import Deadline
@@ -44,7 +45,6 @@ DEFAULT_KEEP: Final = 600.0
 TURN_AWAY_SECONDS: Final = 1.0
 """How long a consumer waits here for an owner that does not answer it and is not dead."""
 
-_SOCKET_NAME: Final = "agent.sock"
 _UCRED: Final = struct.Struct("3i")
 _INT: Final = struct.Struct("@i")
 _LOG = logging.getLogger("dray.agent")
@@ -87,7 +87,7 @@ class Agent(Closing):
             raise ConfigError("memory", memory, "more than 0 bytes")
         if not 0 < keep < math.inf:
             raise ConfigError("keep", keep, "more than 0 seconds")
-        self.path = folder / _SOCKET_NAME
+        self.path = folder / SOCKET_NAME
         if len(os.fsencode(self.path)) > MAX_SOCKET_PATH:
             allowed = f"a folder whose sockets have paths of at most {MAX_SOCKET_PATH} bytes"
             raise ConfigError("folder", str(folder), allowed)

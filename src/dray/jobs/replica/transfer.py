@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from dray.agent import register
+from dray.agent import AGENT_VARIABLE, register
 from dray.jobs.process import folder_is_local, own_address
 from dray.jobs.queue import RolloutProducer, WeightsChannel
 from dray.jobs.replica.base import Replica
@@ -25,6 +26,7 @@ from dray.jobs.replica.weights_stream import StreamWeightsPublisher, StreamWeigh
 from dray.prefetch import BatchReader
 from dray.protocol.ref import has_control
 from dray.ring import SharedRingBuffer
+from dray.text import path_of
 from dray.transport import PayloadClient, PayloadServer
 
 TrajectoryPublisher = RingPublisher | RedisPublisher
@@ -137,8 +139,10 @@ def _server(replica: Replica, ring: SharedRingBuffer, opened: ExitStack) -> Payl
     """A server of the ring, which is registered with the agent of this machine. `opened` closes both."""
     config = replica.spec.config
     max_leases = max(8, ring.slots)
+    agent = os.environ.get(AGENT_VARIABLE)
     registration = register(
         ring,
+        None if agent is None else path_of(agent),
         name=replica.name,
         lanes=_HEIR_LANES if config.job.lane == "auto" else (config.job.lane,),
         host=own_address(),
