@@ -135,12 +135,28 @@ def test_r17_paused_policy_is_replaced_once_it_counts_as_dead(tmp_path: Path) ->
         account(job)
 
 
+# The policy is slow, so that every ring holds payloads that no replica has read.
+SLOW_POLICY = (
+    "policy.args.repeats=true",
+    "stop.at_least=12",
+    "policy.args.pause=0.3",
+    "rollout.work_items_in_flight=32",
+)
+
+
+def test_h1_payloads_of_a_killed_rollout_replica_are_trained_on(tmp_path: Path) -> None:
+    with running(tmp_path, *job_settings(*SLOW_POLICY)) as job:
+        job.wait_for("  step ")
+        job.processes("dray.jobs.replica.rollout")[0].kill()
+        assert job.end() == 0, job.story()
+        kept = re.findall(r"has died; (\d+) payloads \(\d+ bytes\) are kept", job.log("supervisor"))
+        assert sum(map(int, kept)) >= 1, job.story()
+        assert job.summary()["lost"] == account(job)["discarded"] == 0
+        assert job.summary()["payloads"] == 12 * 8
+
+
 def test_r13_lost_rollouts_are_counted_and_training_continues(tmp_path: Path) -> None:
-    # The policy is slow, so that every ring holds payloads that no replica has read.
-    settings = job_settings(
-        "policy.args.repeats=true", "stop.at_least=12", "policy.args.pause=0.3", "rollout.work_items_in_flight=32"
-    )
-    with running(tmp_path, *settings) as job:
+    with running(tmp_path, *job_settings(*SLOW_POLICY, "agent.memory=0")) as job:
         job.wait_for("  step ")
         job.processes("dray.jobs.replica.rollout")[0].kill()
         assert job.end() == 0, job.story()

@@ -69,6 +69,7 @@ def test_architecture_names_every_module_once_and_no_other() -> None:
         "transport/",
         "transport/lanes/",
         "prefetch/",
+        "agent/",
         "streams/",
         "integrations/",
         "ucxx/",

@@ -17,6 +17,7 @@ COUNTS = (
     ("D", 14),
     ("T", 10),
     ("G", 4),
+    ("H", 4),
     ("R", 17),
     ("Z", 13),
     ("V", 4),
@@ -58,5 +59,5 @@ def test_row_states_what_happens_and_names_tests_that_exist(row: str) -> None:
     assert len(set(named)) == len(named)
     assert text.strip().splitlines()[0][0] != "-", "what happens comes first"
     assert [f"{path}::{name}" for path, name in named if name not in functions_in(path)] == []
-    if row[0] in "BWCDGR":
+    if row[0] in "BWCDGHR":
         assert any(name.startswith(f"test_{row.lower()}_") for _, name in named)

@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dray import __version__
+from dray.cli.agent import agent
 from dray.cli.doctor import doctor
 from dray.cli.extras import remedy, require_extra
 from dray.cli.job_options import JobArgument, LogLevelOption, OutputOption, Settings, read_job
@@ -121,6 +122,7 @@ app.command()(trace)
 app.command()(record)
 app.command()(replay)
 app.command()(inspect)
+app.command()(agent)
 app.command()(doctor)
 app.add_typer(slurm, name="slurm")
 

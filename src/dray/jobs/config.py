@@ -133,6 +133,13 @@ class PolicyTable(Table):
     )
 
 
+class AgentTable(Table):
+    """`[agent]`: how much is kept of rollout replicas that die, on each machine, and for how long."""
+
+    memory: int = _count(4 << 30, least=0)
+    keep: float = _seconds(600.0)
+
+
 class RedisTable(Table):
     """`[redis]`: a running server to use; without one the job starts its own."""
 
@@ -221,6 +228,7 @@ class JobConfig(Table):
     job: JobTable = Field(description="the table [job]")
     rollout: RolloutTable = Field(description="the table [rollout]")
     policy: PolicyTable = Field(description="the table [policy]")
+    agent: AgentTable = Field(default=AgentTable(), description="the table [agent]")
     redis: RedisTable = Field(default=RedisTable(), description="the table [redis]")
     controller: ControllerTable = Field(default=ControllerTable(), description="the table [controller]")
     work: WorkTable = Field(default=WorkTable(), description="the table [work]")
@@ -266,6 +274,7 @@ TABLES: Final[dict[str, type[Table]]] = {
     "job": JobTable,
     "rollout": RolloutTable,
     "policy": PolicyTable,
+    "agent": AgentTable,
     "redis": RedisTable,
     "controller": ControllerTable,
     "work": WorkTable,

@@ -14,6 +14,8 @@ from dray.identifiers import PRODUCER_ID_BYTES, PayloadId
 MAX_REF_BYTES = 512
 MAX_SLOT = 2**32 - 1
 MAX_U64 = 2**64 - 1
+HEIR = "heir+"
+"""What the address of a producer's heir begins with: it is asked once the producer does not answer any more."""
 _DIGITS = frozenset(string.hexdigits)
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 

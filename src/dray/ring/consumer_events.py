@@ -66,13 +66,19 @@ class ProcessDescriptor(Descriptor):
 class ConsumerEvents(Closing):
     """An eventfd that consumers write to, and the pidfds of their processes, in one epoll.
 
+    Args:
+        bell: an eventfd that consumers have already; a duplicate of it is used. By default it is a new one.
+
     Raises:
         OutOfResources: no descriptor is left.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bell: int | None = None) -> None:
         with needing("the doorbell of a ring"), contextlib.ExitStack() as made:
-            self._bell = made.enter_context(Descriptor(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            if bell is None:
+                self._bell = made.enter_context(Descriptor(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            else:
+                self._bell = made.enter_context(Descriptor(os.dup, bell))
             self._epoll = made.enter_context(contextlib.closing(select.epoll()))
             descriptor_not_inherited(self, ConsumerEvents.fileno)
             self._epoll.register(self._bell.fileno(), select.EPOLLIN)

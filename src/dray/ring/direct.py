@@ -137,6 +137,14 @@ class Machine:
 MACHINE: Final = Machine()
 
 
+class LeftWords(NamedTuple):
+    """What the owner of a ring has left, as descriptors. The caller may close them once they were used."""
+
+    control: int
+    board: int
+    bell: int
+
+
 class WordLease(NamedTuple):
     """A lease word, as the owner has found it."""
 
@@ -187,6 +195,7 @@ class DirectLeases(Closing):
         slots, readers: those of the ring.
         clock: measures ages and barriers.
         machine: where memory, barriers and events come from.
+        left: the words of the ring's owner, which has died, for its heir; by default new ones are made.
 
     Attributes:
         attached: the consumers, by the number of their pidfd.
@@ -198,9 +207,18 @@ class DirectLeases(Closing):
 
     Raises:
         OutOfResources: no descriptor or memory is left.
+        ProtocolError: what was `left` does not have the size that it should.
     """
 
-    def __init__(self, slots: int, readers: int, clock: Clock = MONOTONIC, machine: Machine = MACHINE) -> None:
+    def __init__(
+        self,
+        slots: int,
+        readers: int,
+        clock: Clock = MONOTONIC,
+        machine: Machine = MACHINE,
+        *,
+        left: LeftWords | None = None,
+    ) -> None:
         self.attached: dict[int, Attached] = {}
         self.barriers = membarrier.Barriers(clock, machine.barrier)
         self.ignored_words = 0
@@ -209,10 +227,14 @@ class DirectLeases(Closing):
         self._now = clock.now
         self._machine = machine
         self._slots, self._readers = slots, readers
-        self.events = machine.events()
+        self.events = machine.events() if left is None else ConsumerEvents(left.bell)
         try:
-            self.control = machine.words(slots + CONTROL_WORDS)
-            self.board = machine.words(slots * readers)
+            if left is None:
+                self.control = machine.words(slots + CONTROL_WORDS)
+                self.board = machine.words(slots * readers)
+            else:
+                self.control = SharedWords.inherit(left.control, slots + CONTROL_WORDS)
+                self.board = SharedWords.inherit(left.board, slots * readers)
             with needing("direct leases"):
                 self._control_to_read = Descriptor(os.open, self.control.path, os.O_RDONLY | os.O_CLOEXEC)
                 self._owner = machine.own_process()
@@ -344,6 +366,10 @@ class DirectLeases(Closing):
             self._control_to_read.fileno(), self.board.fileno(), attached.page.fileno(), self.events.bell,
             self._owner.fileno(),
         ]  # fmt: skip
+
+    def for_heir(self) -> list[int]:
+        """What an heir of the ring gets: control, board, the doorbell, and a pidfd of this process."""
+        return [self.control.fileno(), self.board.fileno(), self.events.bell, self._owner.fileno()]
 
     def close(self) -> None:
         """Let no lease begin any more, and keep nothing. Consumers keep their mappings. Twice is fine."""

@@ -33,7 +33,7 @@ if sys.platform != "win32":
     import fcntl  # at import: a process without a free descriptor cannot load the module later
 
 # Constants of Linux; the modules `mmap` and `fcntl` do not have all of them.
-_PROT_READ, _PROT_WRITE, _MAP_SHARED = 1, 2, 1
+_PROT_READ, _PROT_WRITE, _MAP_SHARED, _MAP_PRIVATE, _MAP_NORESERVE = 1, 2, 1, 2, 0x4000
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 _MADV_DONTFORK, _MADV_POPULATE_WRITE = 10, 23
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
@@ -102,14 +102,22 @@ def new_memfd(wanted: str) -> Iterator[list[int]]:
         raise
 
 
-def map_shared(fd: int, nbytes: int, *, writable: bool) -> memoryview:
-    """Map `fd`; the memory is unmapped with the last view of it. With `fork_lock`."""
+def map_shared(fd: int, nbytes: int, *, writable: bool, private: bool = False) -> memoryview:
+    """Map `fd`; the memory is unmapped with the last view of it. With `fork_lock`.
+
+    Args:
+        fd: the memfd.
+        nbytes: its size.
+        writable: the view can be written.
+        private: pages that are written are copied first, and no other process sees what was written.
+    """
     libc = _libc()
     protection = _PROT_READ | _PROT_WRITE if writable else _PROT_READ
+    flags = _MAP_PRIVATE | _MAP_NORESERVE if private else _MAP_SHARED
     _unmap_dead()
     mapped: list[int] = []
     try:
-        keep_result(mapped, libc.mmap, None, nbytes, protection, _MAP_SHARED, fd, 0)
+        keep_result(mapped, libc.mmap, None, nbytes, protection, flags, fd, 0)
         if mapped == [_MAP_FAILED]:
             with needed("mmap"):
                 _raise_errno()

@@ -12,7 +12,7 @@ from dray.errors import ConfigError, PayloadError, PayloadTooLargeError, SlotErr
 from dray.identifiers import MAX_READERS, PRODUCER_ID_BYTES, Wanted
 from dray.resources import Closing
 from dray.ring.consumer_events import Descriptor
-from dray.ring.direct import MACHINE, MAX_BOARD_WORDS, Attached, DirectLeases, Machine, WordLease
+from dray.ring.direct import MACHINE, MAX_BOARD_WORDS, Attached, DirectLeases, Machine, WordLease, direct_problem
 from dray.ring.layout import SegmentLayout, checked_int
 from dray.ring.lease import Lease, SlotWriter
 from dray.ring.records import OnFull, Retain, RingStatistics, Scan, SlotInfo
@@ -347,6 +347,23 @@ class SharedRingBuffer(Closing):
         """
         with self._table.lock:
             return self._open_table_locked().serve_directly()
+
+    def for_heir(self) -> list[int]:
+        """The descriptors that an heir needs, see `dray.ring.inherited`; the ring keeps them.
+
+        Raises:
+            BufferClosedError: the ring is closed.
+            ConfigError: direct leases are not possible here, or not with this ring.
+            OutOfResources: no descriptor or memory is left.
+        """
+        if why := direct_problem():
+            raise ConfigError("heir", "wanted", f"a machine that can have direct leases ({why})")
+        if self.retain == "newest":
+            raise ConfigError("retain", self.retain, '"unread": an heir keeps what was not consumed')
+        if self.slots * self.readers > MAX_BOARD_WORDS:
+            allowed = f"slots x readers of at most {MAX_BOARD_WORDS}"
+            raise ConfigError("slots", self.slots, allowed)
+        return [self.segment.fileno(), *self.direct().for_heir()]
 
     @property
     def has_direct_consumers(self) -> bool:

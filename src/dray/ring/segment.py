@@ -13,7 +13,7 @@ from typing import Final
 
 from dray.errors import BufferClosedError, ConfigError, ProtocolError, SlotError
 from dray.identifiers import PRODUCER_ID_BYTES
-from dray.resources import close_all, out_of_resources
+from dray.resources import close_all, keep_result, needing, out_of_resources
 from dray.ring.layout import SEGMENT_HEADER, SegmentLayout, unpack_segment_header
 from dray.ring.mapping import SEALS, SharedMemory, fork_lock, map_shared, new_memfd, populate, seal, seals_of
 
@@ -87,24 +87,31 @@ class Segment(SharedMemory):
             SlotError: the memory cannot be mapped.
             OutOfResources: the process has no memory or no mapping left.
         """
-        try:
-            nbytes = os.fstat(fd).st_size
-            seals = seals_of(fd)
-            header = os.pread(fd, SEGMENT_HEADER.size, 0)
-        except OSError as error:
-            raise ProtocolError(f"descriptor {fd} is not shared memory: {error.strerror}") from error
-        if seals & SEALS != SEALS:
-            raise ProtocolError(f"the segment is not sealed: its seals are {seals:#x}, not {SEALS:#x}")
-        layout, producer_id = unpack_segment_header(header)
-        if nbytes != layout.nbytes:
-            raise ProtocolError(f"the segment has {nbytes} bytes, its header requires {layout.nbytes}")
+        layout, producer_id = identify_segment(fd)
+        with fork_lock:
+            view = _mapped(fd, layout.nbytes, private=False)
+            segment = cls(layout, producer_id, view, [], writable=False)
+            segment.keep_from_children()
+        return segment
+
+    @classmethod
+    def inherit(cls, fd: int) -> Segment:
+        """Map the segment behind `fd`, whose creator has died, and keep a descriptor of it for readers.
+
+        What is written to the view stays in this process: readers see what the creator has left. The caller may
+        close `fd` at once. Raises the same as `attach`.
+        """
+        layout, producer_id = identify_segment(fd)
+        numbers: list[int] = []
         with fork_lock:
             try:
-                view = map_shared(fd, nbytes, writable=False)
-            except OSError as error:
-                why = f"a segment of {nbytes} bytes cannot be mapped: {error.strerror}"
-                raise out_of_resources(error, f"a mapping of {nbytes} bytes") or SlotError(why) from error
-            segment = cls(layout, producer_id, view, [], writable=False)
+                with needing("a descriptor of a segment"):
+                    keep_result(numbers, os.dup, fd)
+                view = _mapped(fd, layout.nbytes, private=True)
+                segment = cls(layout, producer_id, view, numbers, writable=True)
+            except BaseException:
+                close_all(numbers)
+                raise
             segment.keep_from_children()
         return segment
 
@@ -149,6 +156,35 @@ class Segment(SharedMemory):
         """Close the descriptor and drop the view."""
         self._view = None
         close_all(self.numbers)
+
+
+def identify_segment(fd: int) -> tuple[SegmentLayout, bytes]:
+    """The layout and the producer id of the segment behind `fd`. Maps nothing.
+
+    Raises:
+        ConfigError: a sandbox refuses a system call.
+        ProtocolError: `fd` is not a dray segment, is not sealed, or its size contradicts its header.
+    """
+    try:
+        nbytes = os.fstat(fd).st_size
+        seals = seals_of(fd)
+        header = os.pread(fd, SEGMENT_HEADER.size, 0)
+    except OSError as error:
+        raise ProtocolError(f"descriptor {fd} is not shared memory: {error.strerror}") from error
+    if seals & SEALS != SEALS:
+        raise ProtocolError(f"the segment is not sealed: its seals are {seals:#x}, not {SEALS:#x}")
+    layout, producer_id = unpack_segment_header(header)
+    if nbytes != layout.nbytes:
+        raise ProtocolError(f"the segment has {nbytes} bytes, its header requires {layout.nbytes}")
+    return layout, producer_id
+
+
+def _mapped(fd: int, nbytes: int, *, private: bool) -> memoryview:
+    try:
+        return map_shared(fd, nbytes, writable=private, private=private)
+    except OSError as error:
+        why = f"a segment of {nbytes} bytes cannot be mapped: {error.strerror}"
+        raise out_of_resources(error, f"a mapping of {nbytes} bytes") or SlotError(why) from error
 
 
 @contextlib.contextmanager

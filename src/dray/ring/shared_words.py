@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from dray.errors import BufferClosedError, ProtocolError, SlotError
-from dray.resources import close_all, out_of_resources
+from dray.resources import close_all, keep_result, needing, out_of_resources
 from dray.ring.mapping import FIXED_SIZE, SharedMemory, fork_lock, map_shared, new_memfd, seal, seals_of
 
 WORD_BYTES: Final = 8
@@ -56,16 +56,25 @@ class SharedWords(SharedMemory):
             ConfigError: a sandbox refuses a system call.
             OutOfResources, SlotError: the memory cannot be mapped.
         """
-        try:
-            nbytes, seals = os.fstat(fd).st_size, seals_of(fd)
-        except OSError as error:
-            raise ProtocolError(f"descriptor {fd} is not shared memory: {error.strerror}") from error
-        if nbytes != count * WORD_BYTES or seals & FIXED_SIZE != FIXED_SIZE:
-            raise ProtocolError(f"{count} words were announced, {nbytes} bytes came with the seals {seals:#x}")
+        check_words(fd, count)
         with fork_lock:
-            attached = cls(_mapped(fd, nbytes, writable=writable).cast("Q"), [])
+            attached = cls(_mapped(fd, count * WORD_BYTES, writable=writable).cast("Q"), [])
             attached.keep_from_children()
         return attached
+
+    @classmethod
+    def inherit(cls, fd: int, count: int) -> SharedWords:
+        """As `attach`, writable, with a descriptor to pass on: the words of a process that has died."""
+        numbers: list[int] = []
+        try:
+            with needing("a descriptor of shared words"):
+                keep_result(numbers, os.dup, fd)
+            inherited = cls.attach(fd, count, writable=True)
+        except BaseException:
+            close_all(numbers)
+            raise
+        inherited.numbers = numbers
+        return inherited
 
     def array(self) -> Any:
         """The words as an array of uint64, which must not outlive `close`."""
@@ -96,6 +105,16 @@ class SharedWords(SharedMemory):
 
     def __repr__(self) -> str:
         return f"<SharedWords {len(self.words)}>"
+
+
+def check_words(fd: int, count: int) -> None:
+    """Raise `ProtocolError` unless `fd` is shared memory of `count` words whose size cannot change."""
+    try:
+        nbytes, seals = os.fstat(fd).st_size, seals_of(fd)
+    except OSError as error:
+        raise ProtocolError(f"descriptor {fd} is not shared memory: {error.strerror}") from error
+    if nbytes != count * WORD_BYTES or seals & FIXED_SIZE != FIXED_SIZE:
+        raise ProtocolError(f"{count} words were announced, {nbytes} bytes came with the seals {seals:#x}")
 
 
 def _mapped(fd: int, nbytes: int, *, writable: bool) -> memoryview:

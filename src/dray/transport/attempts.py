@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from dray.clock import Deadline
 from dray.errors import (
     ConfigError,
+    ConnectionClosed,
+    ConnectionReset,
     DrayError,
     OutOfResources,
     ProducerLostError,
@@ -21,6 +23,7 @@ from dray.errors import (
     TransportTimeout,
     Unreachable,
 )
+from dray.protocol.ref import HEIR
 from dray.text import printable
 from dray.transport.lanes import parse_endpoint
 from dray.transport.lanes.base import Lane
@@ -157,6 +160,8 @@ def by_lane(endpoints: tuple[str, ...], lanes: tuple[Lane, ...]) -> tuple[tuple[
     found: dict[Lane, list[str]] = {lane: [] for lane in lanes}
     unusable = []
     for endpoint in dict.fromkeys(endpoints):
+        if endpoint.startswith(HEIR):
+            continue
         try:
             lane = parse_endpoint(endpoint).lane
         except ConfigError as error:
@@ -166,6 +171,16 @@ def by_lane(endpoints: tuple[str, ...], lanes: tuple[Lane, ...]) -> tuple[tuple[
     if unusable and not any(found.values()):
         raise ConfigError.of(unusable)
     return tuple(tuple(each) for each in found.values() if each)
+
+
+@functools.lru_cache(maxsize=1024)
+def heirs_by_lane(endpoints: tuple[str, ...], lanes: tuple[Lane, ...]) -> tuple[tuple[str, ...], ...]:
+    """As `by_lane`, the addresses of the producer's heir without their prefix; empty if there is none."""
+    heirs = tuple(each.removeprefix(HEIR) for each in endpoints if each.startswith(HEIR))
+    try:
+        return by_lane(heirs, lanes)
+    except ConfigError:  # of a later version
+        return ()
 
 
 class Failure(NamedTuple):
@@ -188,11 +203,13 @@ class Attempts:
     server listens, or another producer's, uses up none, because it cannot hold the payload; if every endpoint is
     like that, the producer is lost. An endpoint that does not exist on this host is skipped without quarantine.
     If this process has no descriptor or memory left for a lane, the other lanes are tried; that uses up none and
-    causes no quarantine.
+    causes no quarantine. The producer's heir is asked where the producer would be lost otherwise, or
+    where the last attempt found a connection that has broken, which may be the first sign of the producer's death.
 
     Args:
         producer: the id of the producer.
         endpoints: the endpoints that may be tried, as `by_lane` orders them; at least one.
+        heirs: those of its heir, as `heirs_by_lane` orders them.
         deadline: for the whole request or batch.
         quarantine, latencies: those of the client.
         rotation: the number of the request, so that each begins with another endpoint.
@@ -205,8 +222,8 @@ class Attempts:
     """
 
     __slots__ = (
-        "_by_lane", "_latencies", "_left", "_quarantine", "_rotation", "_ruled_out", "_tried", "deadline",
-        "endpoint", "producer", "status_deadline", "under_way",
+        "_by_lane", "_heirs", "_latencies", "_left", "_quarantine", "_rotation", "_ruled_out", "_tried",
+        "deadline", "endpoint", "producer", "status_deadline", "under_way",
     )  # fmt: skip
 
     def __init__(
@@ -215,6 +232,7 @@ class Attempts:
         endpoints: Sequence[Sequence[str]],
         deadline: Deadline,
         *,
+        heirs: Sequence[Sequence[str]] = (),
         quarantine: Quarantine,
         latencies: Latencies,
         rotation: int = 0,
@@ -226,6 +244,7 @@ class Attempts:
         self.status_deadline = deadline
         self.under_way = False
         self._by_lane = endpoints
+        self._heirs = heirs
         self._quarantine = quarantine
         self._latencies = latencies
         self._rotation = rotation
@@ -321,6 +340,10 @@ class Attempts:
                 quarantine = self._quarantine.skip(endpoint, now)
             elif not isinstance(error, ServerBusy):
                 quarantine = self._quarantine.fail(endpoint, now)
+        gone = self._ruled_out.issuperset(e for lane in self._by_lane for e in lane)
+        if self._heirs and (gone or (self._left == 0 and isinstance(error, ConnectionReset | ConnectionClosed))):
+            self._by_lane, self._heirs = [*self._by_lane, *self._heirs], ()
+            self._left = max(self._left, 1)
         asked = [e for lane in self._by_lane for e in lane]
         if self._ruled_out.issuperset(asked):
             where = printable(", ".join(asked))

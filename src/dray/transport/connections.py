@@ -31,6 +31,7 @@ from dray.transport.attempts import (
     OtherProducerError,
     Quarantine,
     by_lane,
+    heirs_by_lane,
     is_unusable,
 )
 from dray.transport.client_statistics import ClientStatistics, Recorder
@@ -142,6 +143,7 @@ class Connections:
             ref.producer,
             reachable,
             deadline,
+            heirs=heirs_by_lane(ref.endpoints, lanes),
             quarantine=self._quarantine,
             latencies=self._latencies,
             rotation=next(self._rotation),

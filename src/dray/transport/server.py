@@ -71,10 +71,14 @@ class PayloadServer(Closing):
             machine can (`dray doctor` shows whether, and why not).
         newest_version: the newest protocol version to speak, for clients that fail with a newer one.
         stream: hands the payloads of the ring out to consumers; see `dray.streams`.
+        heirs: the addresses of the ring's heir, see `dray.agent`: references carry them after the endpoints,
+            unless they become too long; then the server logs a warning.
+        listeners: listen already; with them, `lane`, `host`, `port`, `threads` and `directory` mean nothing. The
+            server closes them.
 
     Attributes:
         ring: as given.
-        endpoints: the addresses that references carry, e.g. ``"tcp:127.0.0.1:40001"``.
+        endpoints: its addresses, which references carry, e.g. ``"tcp:127.0.0.1:40001"``.
         loops: the server threads.
 
     Raises:
@@ -105,9 +109,11 @@ class PayloadServer(Closing):
         direct: bool = True,
         newest_version: int = VERSION,
         stream: StreamService | None = None,
+        heirs: Sequence[str] = (),
+        listeners: Sequence[Listener] = (),
     ) -> None:
         check_secret(secret)
-        self._lanes = _served(lane, secret)
+        self._lanes = () if listeners else _served(lane, secret)
         named = host
         if self._network_lanes:
             host = listening_address(named)
@@ -171,11 +177,15 @@ class PayloadServer(Closing):
         self.loops: list[ServerLoop] = []
         self._directory = PrivateDirectory(directory) if any(each.local for each in self._lanes) else None
         try:
-            self.loops.append(self._make_first_loop(lane))
-            for index in range(1, threads):
-                self.loops.append(self._make_loop(index))
+            if listeners:
+                self.loops.append(ServerLoop("dray-server-0", listeners, self._service))
+            else:
+                self.loops.append(self._make_first_loop(lane))
+                for index in range(1, threads):
+                    self.loops.append(self._make_loop(index))
             by_lane = zip(*(loop.endpoints for loop in self.loops), strict=True)
             self.endpoints = tuple(endpoint for endpoints in by_lane for endpoint in endpoints)
+            self._addresses = (*self.endpoints, *heirs)
             self._check_reference_fits()
             ring.count_servers(1)
             self._counted = True
@@ -259,7 +269,7 @@ class PayloadServer(Closing):
 
     def ref(self, slot: int, sequence: int, nbytes: int) -> PayloadRef:
         """The reference for a payload of this server's ring."""
-        return PayloadRef(self.ring.producer_id, slot, sequence, nbytes, self.endpoints)
+        return PayloadRef(self.ring.producer_id, slot, sequence, nbytes, self._addresses)
 
     def wait_consumed(self, ref: PayloadRef, timeout: float | None = 30.0) -> bool:
         """Wait until the payload is retired: consumed by all readers, dropped or replaced by a newer one.
@@ -326,8 +336,15 @@ class PayloadServer(Closing):
         for endpoint in self.endpoints:
             if has_control(endpoint):
                 raise ConfigError("directory", endpoint, "a path without control characters: references carry it")
+        longest = self.ring.slots - 1, 2**64 - 1, self.ring.slot_bytes
+        if self._addresses != self.endpoints:
+            try:
+                self.ref(*longest).to_json()
+            except ProtocolError as error:
+                logger.warning("references carry no address of an heir: they would be too long (%s)", error)
+                self._addresses = self.endpoints
         try:
-            self.ref(self.ring.slots - 1, 2**64 - 1, self.ring.slot_bytes).to_json()
+            self.ref(*longest).to_json()
         except ProtocolError as error:
             allowed = f"fewer, or fewer lanes: references carry every endpoint ({error})"
             raise ConfigError("threads", len(self.loops), allowed) from error

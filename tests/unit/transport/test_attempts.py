@@ -26,6 +26,7 @@ from dray.transport.attempts import (
     OtherProducerError,
     Quarantine,
     by_lane,
+    heirs_by_lane,
 )
 from dray.transport.lanes import Lane
 
@@ -50,6 +51,7 @@ def attempts(
     endpoints: list[str],
     quarantine: Quarantine | None = None,
     *,
+    heirs: Sequence[str] = (),
     lanes: Sequence[Lane] = (lanes.SHM, lanes.UCX, lanes.TCP),
     rotation: int = 0,
     most: int = 2,
@@ -60,6 +62,7 @@ def attempts(
         b"p" * 16,
         by_lane(tuple(endpoints), tuple(lanes)),
         Deadline.after(seconds, SteppedClock()),
+        heirs=heirs_by_lane(tuple(heirs), tuple(lanes)),
         quarantine=quarantine or Quarantine(),
         latencies=latencies or Latencies(),
         rotation=rotation,
@@ -102,6 +105,38 @@ def test_producer_whose_usable_endpoints_are_all_refused_is_lost_in_whichever_or
     tried = attempts(["unix:/a", "ucx:h:1"])
     assert tried.fail(first, errors[first], 0.0).final is None
     assert isinstance(tried.fail(second, errors[second], 0.0).final, ProducerLostError)
+
+
+# --- heirs -------------------------------------------------------------------------------------------------------
+
+
+def test_heirs_are_no_endpoints_of_the_producer() -> None:
+    endpoints = ("unix:/a", "heir+unix:/h", "heir+tcp:h:9", "heir+rdma:h:1")
+    assert by_lane(endpoints, (lanes.SHM, lanes.TCP)) == (("unix:/a",),)
+    assert heirs_by_lane(endpoints, (lanes.SHM, lanes.TCP)) == (("unix:/h",), ("tcp:h:9",))
+    assert heirs_by_lane(endpoints, (lanes.TCP,)) == (("tcp:h:9",),)
+    assert heirs_by_lane(("unix:/a", "heir+rdma:h:1"), (lanes.SHM,)) == ()
+
+
+def test_heir_is_asked_once_the_producer_would_be_lost() -> None:
+    tried = attempts(SHM, heirs=["heir+unix:/h"])
+    assert tried.fail("unix:/a", REFUSED, 0.0).following == "unix:/b"
+    assert tried.fail("unix:/b", REFUSED, 0.0).following == "unix:/h"
+    assert isinstance(tried.fail("unix:/h", REFUSED, 0.0).final, ProducerLostError)
+
+
+def test_heir_is_asked_after_connections_that_broke_and_gets_an_attempt_of_its_own() -> None:
+    tried = attempts(SHM, heirs=["heir+unix:/h"])
+    assert tried.fail("unix:/a", FAILED, 0.0).following == "unix:/b"
+    assert tried.fail("unix:/b", ConnectionClosed("closed"), 0.0).following == "unix:/h"
+    assert tried.fail("unix:/h", FAILED, 0.0).final is FAILED
+
+
+def test_heir_is_not_asked_while_the_producer_is_only_slow() -> None:
+    slow = TransportTimeout("no answer")
+    tried = attempts(SHM, heirs=["heir+unix:/h"])
+    assert tried.fail("unix:/a", slow, 0.0).following == "unix:/b"
+    assert tried.fail("unix:/b", slow, 0.0).final is slow
 
 
 def test_quarantine_ends_after_its_time() -> None:

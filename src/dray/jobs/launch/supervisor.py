@@ -19,6 +19,7 @@ from dray.jobs.controller.state import THE_JOB_HAS
 from dray.jobs.exit_codes import USER_CODES, ExitCode
 from dray.jobs.folder import JobFolder, JobSpec, short_path
 from dray.jobs.launch.display import Display
+from dray.jobs.launch.heirs import rollout_agent
 from dray.jobs.launch.output import attempt_folder, supervisor_log, write_run_record
 from dray.jobs.launch.process_supervisor import ProcessSupervisor
 from dray.jobs.launch.processes import JobPlacement, JobProcess, JobProcesses, LocalHost, replica_end
@@ -133,7 +134,8 @@ def supervise(
         write_run_record(folder, config, job_file)
         resources.enter_context(supervisor_log(folder.logs, config.job.log_level))
         # The children of this process are Redis and those of the caller.
-        local = LocalHost(folder, placement.environment, selector, report)
+        heirs = resources.enter_context(rollout_agent(config, report))
+        local = LocalHost(folder, lambda name: {**placement.environment(name), **heirs}, selector, report)
         spec = JobSpec(
             config=config,
             job_file=job_file,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+from dray.agent import AGENT_VARIABLE, register
 from dray.identifiers import PayloadId
 from dray.jobs.process import folder_is_local, own_address
 from dray.jobs.queue import RolloutProducer, WeightsChannel
@@ -25,6 +27,7 @@ from dray.jobs.replica.weights_stream import StreamWeightsPublisher, StreamWeigh
 from dray.prefetch import BatchReader
 from dray.protocol.ref import has_control
 from dray.ring import SharedRingBuffer
+from dray.text import path_of
 from dray.transport import PayloadClient, PayloadServer
 
 TrajectoryPublisher = RingPublisher | RedisPublisher
@@ -34,6 +37,7 @@ WeightsSubscriber = StreamWeightsSubscriber | RedisWeightsSubscriber
 
 _FREE_PAUSE = 2.0
 _MAX_SOCKET_FOLDER = 80
+_HEIR_LANES = ("shm", "tcp")
 
 
 @contextmanager
@@ -58,7 +62,7 @@ def rollout_ends(replica: Replica) -> Iterator[tuple[TrajectoryPublisher, Weight
         ring = opened.enter_context(
             SharedRingBuffer(config.rollout.slots, config.rollout.slot_bytes, readers=config.policy.readers)
         )
-        server = opened.enter_context(_server(replica, ring))
+        server = _server(replica, ring, opened)
         weights = opened.enter_context(
             StreamWeightsSubscriber(
                 channel,
@@ -144,22 +148,40 @@ def _batch_reader(
     )
 
 
-def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
+def _server(replica: Replica, ring: SharedRingBuffer, opened: ExitStack) -> PayloadServer:
+    """A server of the ring, which is registered with the agent of this machine. `opened` closes both."""
     config = replica.spec.config
+    max_leases = max(8, ring.slots)
+    agent = os.environ.get(AGENT_VARIABLE)
+    registration = register(
+        ring,
+        None if agent is None else path_of(agent),
+        name=replica.name,
+        lanes=_HEIR_LANES if config.job.lane == "auto" else (config.job.lane,),
+        host=own_address(),
+        secret=replica.spec.secret,
+        max_leases=max_leases,
+    )
     sockets = replica.spec.folder.run / "sockets"
     # A Unix socket's path is short by law, and has no control characters in a reference: else the default place.
     fits = folder_is_local() and len(str(sockets)) <= _MAX_SOCKET_FOLDER and not has_control(str(sockets))
-    return PayloadServer(
-        ring,
-        lane=config.job.lane,
-        host=own_address(),
-        threads=config.rollout.server_threads,
-        secret=replica.spec.secret,
-        max_leases=max(8, ring.slots),
-        drain_timeout=replica.bounds.transfers,
-        join_timeout=replica.bounds.threads,
-        directory=sockets if fits else None,
+    server = opened.enter_context(
+        PayloadServer(
+            ring,
+            lane=config.job.lane,
+            host=own_address(),
+            threads=config.rollout.server_threads,
+            secret=replica.spec.secret,
+            max_leases=max_leases,
+            drain_timeout=replica.bounds.transfers,
+            join_timeout=replica.bounds.threads,
+            directory=sockets if fits else None,
+            heirs=() if registration is None else registration.endpoints,
+        )
     )
+    if registration is not None:
+        opened.enter_context(registration)
+    return server
 
 
 def _client(replica: Replica, reader: int) -> PayloadClient:

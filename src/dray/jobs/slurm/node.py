@@ -25,6 +25,7 @@ from dray.errors import ConfigError, ControlPlaneError, TransportError
 from dray.files import make_own_folders, read_private_file
 from dray.jobs.exit_codes import ExitCode, meaning
 from dray.jobs.folder import JobFolder, JobSpec
+from dray.jobs.launch.heirs import rollout_agent
 from dray.jobs.launch.output import KEY
 from dray.jobs.launch.process_supervisor import ProcessSupervisor
 from dray.jobs.launch.processes import JobProcess, LocalHost
@@ -256,8 +257,12 @@ def run_node(task: Task) -> int:
     _LOG.info("at %s on %s", interface.address, interface.name)
     variables = {each.name: environment(each, interface, os.environ) for each in placed}
     folder = JobFolder(task.plan.run_folder, task.name)
-    with SignalInbox() as inbox, selectors.DefaultSelector() as selector:
-        host = LocalHost(folder, variables.__getitem__, selector, _LOG.info)
+    with (
+        SignalInbox() as inbox,
+        selectors.DefaultSelector() as selector,
+        rollout_agent(task.plan.config, _LOG.warning) as heirs,
+    ):
+        host = LocalHost(folder, lambda name: {**variables[name], **heirs}, selector, _LOG.info)
         return NodeAgent(task, placed, host, selector=selector, inbox=inbox).run()
 
 

@@ -1,0 +1,20 @@
+"""Rollout replicas that are killed repeatedly: what they have handed on is trained on, each payload once."""
+
+from pathlib import Path
+
+import pytest
+from rollout_storm import check, run_storm
+
+
+def test_h1_no_payload_is_lost_or_wrong_while_rollout_replicas_are_killed(tmp_path: Path) -> None:
+    figures = check(run_storm(tmp_path, kills=4, seed=1))
+    assert figures["deaths"] == 4
+    assert figures["kept"] >= 1
+
+
+@pytest.mark.endurance
+@pytest.mark.timeout(3600)
+def test_h1_no_payload_is_lost_or_wrong_in_200_kills(tmp_path: Path) -> None:
+    figures = check(run_storm(tmp_path, kills=200, seed=2))
+    assert figures["deaths"] == 200
+    assert figures["kept"] >= 100
