@@ -13,6 +13,9 @@ PRINTING = CLASSES.replace(
     f"def rollout(self, work_item):\n        print({HOSTILE!r} + '\\x1b[2J', flush=True)",
 )
 PRINTING = PRINTING.replace('"the environment broke"', repr(f"the environment broke {HOSTILE}"))
+PRINTING = PRINTING.replace(
+    'if index >= self.args.get("raise_at", 1 << 60)', 'if self.hangs.with_name("break").exists()'
+)
 
 pytestmark = needs_browser
 
@@ -27,12 +30,7 @@ def page_of(job: JobRun) -> str:
 
 
 def test_browser_shows_a_job_until_it_fails_and_what_its_worker_prints_stays_text(tmp_path: Path) -> None:
-    settings = job_settings(
-        "stop.at_least=1e9",
-        "rollout.max_attempts=1",
-        "rollout.max_failures=1",
-        "rollout.args={pause=0.05, raise_at=300}",
-    )
+    settings = job_settings("stop.at_least=1e9", "rollout.max_attempts=1", "rollout.max_failures=1")
     with browser(tmp_path / "profile") as window, running(tmp_path, *settings, classes=PRINTING) as job:
         url = page_of(job)
         window.open(url)
@@ -48,6 +46,7 @@ def test_browser_shows_a_job_until_it_fails_and_what_its_worker_prints_stays_tex
         )
         assert len(plots) == 7
         assert window.run("return document.querySelectorAll('script').length + document.images.length") == 1
+        (job.output / "break").touch()
         window.wait_for("The job has ended (failed): ", "#notice")
         assert f"the environment broke {HOSTILE}" in window.text("#notice")
         assert re.fullmatch(r"\w+, step \d+: small", window.run("return document.title"))

@@ -169,6 +169,16 @@ def test_newest_run_is_shown_where_none_is_running_and_following_it_ends_at_once
     assert (shown.returncode, shown.stdout) == (0, "policy-0  run 2\n")
 
 
+def test_logs_of_a_run_that_took_several_attempts_are_those_of_the_newest(tmp_path: Path) -> None:
+    for attempt in ("1.1", "1.2"):
+        logs = tmp_path / "out" / "parts" / attempt / "logs"
+        logs.mkdir(parents=True)
+        (logs / "policy-0.log").write_text(f"attempt {attempt}\n")
+    (tmp_path / "out" / "latest").symlink_to("parts/1.2")
+    shown = dray(tmp_path, "logs", "out", "policy-0")
+    assert (shown.returncode, shown.stdout) == (0, "policy-0  attempt 1.2\n")
+
+
 # --- dray top ----------------------------------------------------------------------------------------------------
 
 

@@ -17,11 +17,14 @@ import dray
 from dray import PayloadServer
 from dray.cli.slurm import slurm
 from dray.jobs import config
-from dray.jobs.controller import state
+from dray.jobs.controller import app, state
+from dray.jobs.controller import page as controller_page
+from dray.jobs.controller.history import FIGURES, RATE_SECONDS
 from dray.jobs.controller.metrics import FAMILIES
 from dray.jobs.exit_codes import ExitCode, meaning
 from dray.jobs.launch import shutdown
 from dray.jobs.launch.processes import is_restarted
+from dray.jobs.messages import view
 from dray.jobs.process import WATCHED
 from dray.jobs.queue import JobKeys
 from dray.jobs.replica import delivery, heartbeat
@@ -361,6 +364,23 @@ def test_metric_families_on_the_runtime_page_are_those_of_the_code() -> None:
         [f"`{each.name}`", each.kind, ", ".join(f"`{label}`" for label in each.labels), each.help]
         for each in FAMILIES
     ]
+
+
+def test_figures_and_bounds_of_the_view_on_the_runtime_page_are_those_of_the_code() -> None:
+    text = page("runtime.md").split("### The page\n")[1].split("What lies in Redis, key by key,")[0]
+    assert dict(rows(text)[1:]) == {f"`{name}`": words for name, words in FIGURES.items()}
+    assert f"Rates are over the last steps, and at least {RATE_SECONDS:g} s." in text
+    shown = " ".join(text.split())
+    assert f"at most {view.MAX_POINTS} points of each figure, {view.MAX_MEMBERS_SHOWN} replicas" in shown
+    assert f"{view.MAX_LOG_LINES} log lines of the {app.MAX_LOGS} logs that were written last" in shown
+    more = (view.MAX_METRICS_SHOWN, view.MAX_WARNINGS_SHOWN, view.MAX_STALLS)
+    assert "{} metrics, {} warnings and {} stalls".format(*more) in shown
+    assert (
+        f"good once and for {controller_page.TOKEN_SECONDS:g} s. At most {controller_page.MAX_TOKENS} wait"
+        in shown
+    )
+    assert f"After {controller_page.MAX_WRONG} attempts" in shown
+    assert f"{controller_page.MAX_COOKIES} browsers may have one" in shown
 
 
 def test_table_of_the_teardown_is_that_of_the_module() -> None:

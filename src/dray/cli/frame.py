@@ -20,6 +20,7 @@ MIN_ROWS = 3
 _BARS, _PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 _MAX_REPORTS = 3
 _MAX_WRAPPED = 3
+_SILENT_SECONDS = 5.0
 _NAME, _VALUE = 14, 15
 _STATE_STYLES = {MemberState.ACTIVE: "", MemberState.LEFT: "yellow", MemberState.DEAD: "red"}
 _KEYS = "q or Ctrl-C ends dray top; the job continues"
@@ -128,6 +129,8 @@ def _replicas(view: JobView, rows: int) -> list[RenderableType]:
 def _doing(member: MemberView) -> str:
     if member.state is not MemberState.ACTIVE:
         return f"{member.state.value}: {member.doing}"
+    if member.silence > max(_SILENT_SECONDS, member.seconds / 2):
+        return f"silent for {duration(member.silence)}: {member.doing}"
     return f"{member.doing} ({member.waits_for})" if member.waits_for else member.doing
 
 

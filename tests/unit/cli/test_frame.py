@@ -49,8 +49,10 @@ def drawn(view: JobView, width: int = 80, height: int = 24, encoding: str = "utf
 def test_frame_has_the_job_its_figures_and_what_each_replica_does() -> None:
     waits = member("rollout-0", doing="waiting for work items", waits_for="the policy", payloads=8)
     ring = {"ring_slots": 64, "ring_used_slots": 16, "ages": {"payload": 3.0}}
-    dead = member("rollout-1", state="dead", doing="killed")
-    lines = drawn(view_of([member("policy-0", doing="training step 13"), {**waits, **ring}, dead]), width=120)
+    dead = member("rollout-1", state="dead", doing="killed", silence=60.0)
+    silent = member("rollout-2", seconds=40.0, silence=30.0)
+    members = [member("policy-0", doing="training step 13"), {**waits, **ring}, dead, silent]
+    lines = drawn(view_of(members), width=120)
     assert lines[0] == "small: running for 31.2 s, step 12 of 100; reference, shm"
     assert lines[1].split() == ["mean", "return", "21.5", "▁", "█"]
     assert next(line for line in lines if line.startswith("ring fill")).split()[2:4] == ["25", "%"]
@@ -59,6 +61,7 @@ def test_frame_has_the_job_its_figures_and_what_each_replica_does() -> None:
     assert row.split("  ")[1] == "waiting for work items (the policy)"
     assert row.split()[-7:] == ["2.0", "s", "8", "16/64", "payload", "3.0", "s"]
     assert any("dead: killed" in line for line in lines)
+    assert any("silent for 30.0 s: generating" in line for line in lines)
     assert lines[-1] == "q or Ctrl-C ends dray top; the job continues"
 
 

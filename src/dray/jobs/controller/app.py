@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 MAX_BODY = 4 << 20
 HTTP_CLOSE_BOUND = 2
-_MAX_LOGS = 16  # of those that were written last, the page shows lines
+MAX_LOGS = 16  # of those that were written last, the page shows lines
 _LOG = logging.getLogger("dray.jobs.controller.app")
 _HEALTH = "/healthz"
 _NOT_JSON = {"type": "json_invalid", "loc": ["body"], "msg": "JSON decode error"}
@@ -257,7 +257,7 @@ class Controller:
         return self._viewer.view(self.membership, self._stall.stall, self._running.elapsed, log_lines)
 
     def _log_lines(self) -> list[LogLine]:
-        return LogFiles(self._spec.folder.newest_logs, most=_MAX_LOGS).last(MAX_LOG_LINES)
+        return LogFiles(self._spec.folder.newest_logs, most=MAX_LOGS).last(MAX_LOG_LINES)
 
     async def _file(self, path: str) -> Response:
         return page_file(path)

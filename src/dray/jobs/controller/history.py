@@ -14,7 +14,7 @@ from dray.jobs.controller.state import FIRST_POLICY, Member, Membership
 from dray.jobs.messages.models import MemberState, ProgressReport, Role
 
 FIGURES = {
-    "mean_return": "mean sum of rewards of the payloads of the newest step",
+    "mean_return": "mean sum of rewards of the payloads of the newest step, or the trainer's metric of this name",
     "payloads_per_second": "payloads trained on",
     "megabytes_per_second": "payload bytes read by the policy",
     "staleness": "mean age of the payloads of the newest step, in versions of the weights",
@@ -25,6 +25,7 @@ FIGURES = {
 """Each figure, and what it is."""
 
 RATE_SECONDS = 5.0
+_NO_PROGRESS = ProgressReport(doing="", seconds=0.0)
 _INTERVAL = 1.0
 _ROLLOUTS = "the rollout replicas"  # what a policy waits for that waits for payloads
 
@@ -105,9 +106,10 @@ class JobFigures:
         rollouts = [each.progress for each in membership.active(Role.ROLLOUT)]
         slots = sum(each.counters.get("ring_slots", 0.0) for each in rollouts)
         used = sum(each.counters.get("ring_used_slots", 0.0) for each in rollouts)
-        counters = {} if policy is None else policy.progress.counters
+        progress = _NO_PROGRESS if policy is None else policy.progress
+        counters = progress.counters
         return {
-            "mean_return": counters.get("mean_return"),
+            "mean_return": progress.metrics.get("mean_return", counters.get("mean_return")),
             "payloads_per_second": self._rate("payloads", seconds),
             "megabytes_per_second": self._rate("bytes", seconds, 1e-6),
             "staleness": counters.get("staleness"),

@@ -89,6 +89,15 @@ def test_policy_that_continues_from_an_earlier_step_begins_its_rates_anew() -> N
     assert found["payloads_per_second"] is None
 
 
+def test_metric_of_the_trainer_takes_the_place_of_the_mean_return() -> None:
+    membership = job()
+    own = ProgressReport(doing="", seconds=1.0, counters={"mean_return": 1.0})
+    membership.note_request(FIRST_POLICY, "a", own)
+    assert JobFigures().sample(membership, 1.0)["mean_return"] == 1.0
+    membership.note_request(FIRST_POLICY, "a", own.model_copy(update={"metrics": {"mean_return": 2.0}}))
+    assert JobFigures().sample(membership, 1.0)["mean_return"] == 2.0
+
+
 def test_fill_of_the_rings_is_that_of_all_slots_and_waiting_replicas_are_counted() -> None:
     membership = job()
     report(membership, "rollout-0", "the policy", ring_slots=16, ring_used_slots=16)
