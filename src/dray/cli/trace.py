@@ -46,10 +46,8 @@ def trace(
         typer.echo(line)
     payloads = len({each.span.payload for each in spans} - {""})
     processes = len({each.process for each in spans})
-    counted = f"{payloads} payloads in {processes} processes"
-    typer.echo(
-        f"{printable(short_path(path.absolute()), MAX_LINE)}: {counted}; open it at https://ui.perfetto.dev"
-    )
+    shown = printable(short_path(path.absolute()), MAX_LINE)
+    typer.echo(f"{shown}: processes {processes}, payloads {payloads}; open it at https://ui.perfetto.dev")
 
 
 def find_traced(place: Path) -> Path:

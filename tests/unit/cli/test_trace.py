@@ -31,7 +31,7 @@ def test_file_is_in_the_output_folder_unless_it_is_named(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["stage", "count", "mean", "ms", "p50", "ms", "p99", "ms", "total", "s"]
     assert lines[2].split() == ["train", "1", "2000.000", "2000.000", "2000.000", "2.000"]
-    assert lines[3].endswith("1 payloads in 1 processes; open it at https://ui.perfetto.dev")
+    assert lines[3].endswith(": processes 1, payloads 1; open it at https://ui.perfetto.dev")
 
 
 def test_job_that_was_traced_last_is_the_default(tmp_path: Path) -> None:
