@@ -108,8 +108,15 @@ def check(job: JobRun) -> dict[str, int]:
     assert delivery["trained"] == job.checkpoint()["committed"] == len(trained), story
     lost = {name: delivery[name] for name in ("discarded", "too_old", "dead_letters", "rolled_back")}
     assert not any(lost.values()), f"{lost}\n{story}"
-    kept = [int(number) for number in re.findall(r"has died; (\d+) payloads", job.log("supervisor"))]
-    return {"steps": len(steps), "trained": len(trained), "deaths": len(kept), "kept": sum(kept), **lost}
+    log = job.log("supervisor")
+    kept = [int(number) for number in re.findall(r"has died; (\d+) payloads", log)]
+    last = re.findall(r"(\d+) were dropped, (\d+) are left with (\d+) bytes of memory", log) or [(0, 0, 0)]
+    dropped, left, memory = map(int, last[-1])
+    assert dropped == 0, story
+    # What a killed replica was handing on, and what the job was about to train on.
+    assert left <= len(kept) + 2 * BATCH, story
+    figures = {"steps": len(steps), "trained": len(trained), "deaths": len(kept), "kept": sum(kept)}
+    return {**figures, "left": left, "memory": memory, **lost}
 
 
 def noted(path: Path) -> list[Any]:

@@ -1,5 +1,5 @@
-"""What happens to payloads when the policy, its group, a rollout replica or Redis fails: rows R1, R2, R13 and
-R17.
+"""What happens to payloads when the policy, its group, a rollout replica or Redis fails: rows R1, R2, R13,
+R17 and H1.
 """
 
 import os
@@ -16,6 +16,7 @@ from job_runner import JobRun, job_settings, running
 
 from dray.clock import Deadline
 from dray.jobs.queue import JobKeys, RedisAddress, RedisConnection, RolloutConsumer
+from dray.ring.direct import direct_problem
 
 AGAIN = ("policy.args.restarts=true", "rollout.args.restarts=true", "policy.args.repeats=true")
 
@@ -144,6 +145,7 @@ SLOW_POLICY = (
 )
 
 
+@pytest.mark.skipif(bool(direct_problem()), reason=direct_problem() or "-")
 def test_h1_payloads_of_a_killed_rollout_replica_are_trained_on(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings(*SLOW_POLICY)) as job:
         job.wait_for("  step ")

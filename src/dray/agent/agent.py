@@ -56,6 +56,7 @@ class AgentStatistics:
 
     registered: int  # rings of living owners
     inheritances: int  # rings of dead owners that are served
+    left: int  # payloads of these that are neither consumed nor dropped
     memory: int  # bytes of memory of these
     inherited_rings: int  # rings of dead owners so far that had payloads
     inherited_payloads: int  # their payloads
@@ -124,6 +125,7 @@ class Agent(Closing):
             return AgentStatistics(
                 registered=len(self._held),
                 inheritances=len(self._inheritances),
+                left=sum(each.left for each in self._inheritances),
                 memory=sum(each.memory for each in self._inheritances),
                 inherited_rings=counts["rings"],
                 inherited_payloads=counts["payloads"],

@@ -151,6 +151,7 @@ class Inheritance(Closing):
         self.name, self.pid = held.name, held.pid
         self.dropped, self.dropping = 0, False
         self._keep = keep
+        self._dropping = threading.Lock()
         self._ended = ended
         self._why = f"they were not consumed within {keep:g} s"
         with contextlib.ExitStack() as made:
@@ -166,9 +167,17 @@ class Inheritance(Closing):
 
     def drop(self, why: str) -> None:
         """Give up what is left. Does not wait for the end of the thread."""
-        self._why, self.dropping = why, True
-        with contextlib.suppress(BufferClosedError):
+        with self._dropping, contextlib.suppress(BufferClosedError):
+            self._why, self.dropping = why, True
             self.dropped += self._ring.drop_all()
+
+    @property
+    def left(self) -> int:
+        """Payloads that are neither consumed nor dropped."""
+        try:
+            return len(self._ring.ready(leased=True))
+        except BufferClosedError:
+            return 0
 
     def end(self) -> None:
         """Serve nothing any more; what is left is gone. Does not wait for the end of the thread. Twice is fine."""

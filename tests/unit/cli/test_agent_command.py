@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from dray import PayloadClient, PayloadRef
+from dray.ring.direct import direct_problem
+
+pytestmark = pytest.mark.skipif(bool(direct_problem()), reason=direct_problem() or "-")
 
 OWNER = """
 from dray import PayloadServer, SharedRingBuffer

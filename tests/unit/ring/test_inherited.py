@@ -10,9 +10,11 @@ from direct_consumers import attach
 from dray.errors import BufferClosedError, ConfigError, ProtocolError, StaleSlotError
 from dray.resources import Descriptors
 from dray.ring import SharedRingBuffer, SlotState
-from dray.ring.direct import LeftWords
+from dray.ring.direct import LeftWords, direct_problem
 from dray.ring.inherited import InheritedRing, check_inheritance, closed_by_owner
 from dray.ring.layout import NBYTES_OFFSET, SegmentLayout
+
+pytestmark = pytest.mark.skipif(bool(direct_problem()), reason=direct_problem() or "-")
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ def rollout_agent(config: JobConfig, report: Callable[[str], None]) -> Iterator[
         found = agent.statistics()
         if found.inherited_rings:
             _LOG.info(
-                "kept %d payloads of %d dead rollout replicas, and dropped %d of them",
-                found.inherited_payloads, found.inherited_rings, found.dropped,
+                "kept %d payloads of %d dead rollout replicas: "
+                "%d were dropped, %d are left with %d bytes of memory",
+                found.inherited_payloads, found.inherited_rings, found.dropped, found.left, found.memory,
             )  # fmt: skip
