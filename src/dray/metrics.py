@@ -112,7 +112,7 @@ def _events(counters: ServerCounters) -> Iterable[Sample]:
 
 
 FAMILIES: Final = (
-    Family("dray_ring_slots", "Slots of the ring, by state.", RingStatistics, _slots, ("state",)),
+    Family("dray_ring_state_slots", "Slots of the ring, by state.", RingStatistics, _slots, ("state",)),
     *_fields(
         RingStatistics,
         ("slot_bytes", "dray_ring_slot_bytes", "Size limit of a payload."),

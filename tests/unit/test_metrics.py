@@ -40,7 +40,7 @@ def test_a_program_serves_what_its_producers_and_consumers_count(stream: tuple[P
         found = samples(server.url)
         assert found[key("dray_ring_committed_payloads_total", name="rollouts")] == 2
         states = {
-            state: found[key("dray_ring_slots", name="rollouts", state=state)] for state in ("free", "ready")
+            state: found[key("dray_ring_state_slots", name="rollouts", state=state)] for state in ("free", "ready")
         }
         assert states["free"] == 2
         assert found[key("dray_group_consumers", name="rollouts", group="default")] == 1
@@ -129,5 +129,5 @@ def test_a_meter_of_opentelemetry_gets_the_same_figures(stream: tuple[Producer, 
     assert [(each.value, each.attributes) for each in callback(CallbackOptions())] == [(2, {"name": "rollouts"})]
     assert meter.kept["dray_ring_claim_wait_seconds"][:2] == ("counter", "s")
     assert meter.kept["dray_ring_slot_bytes"][:2] == ("gauge", "By")
-    _, _, (callback,) = meter.kept["dray_ring_slots"]
+    _, _, (callback,) = meter.kept["dray_ring_state_slots"]
     assert {"name": "rollouts", "state": "free"} in [each.attributes for each in callback(CallbackOptions())]
