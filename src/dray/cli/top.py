@@ -108,7 +108,9 @@ def _show(client: ControllerClient, console: Console) -> JobView | None:
                 return last
             if keys and keys[0] in ready:
                 typed = os.read(keys[0], 4096)
-                if not typed or any(each in _QUIT for each in typed):
+                if not typed:  # no key gives this
+                    raise OSError(errno.EIO, "the terminal is gone")
+                if any(each in _QUIT for each in typed):
                     return last
             for last in views.new():
                 live.update(frame(last, console, keys=True), refresh=True)
