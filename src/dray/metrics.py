@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from dray.errors import BufferClosedError, ConfigError, MissingDependencyError
+from dray.name_resolution import bracketed
 from dray.prefetch.reader import BatchReader, BatchReaderStatistics
 from dray.resources import Closing
 from dray.ring.records import RingStatistics
@@ -276,8 +277,7 @@ class MetricsServer(Closing):
 
         self._server, self._thread = start_http_server(port, host, registry)
         self._closed = False
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self._server.server_port}/metrics"
+        self.url = f"http://{bracketed(host)}:{self._server.server_port}/metrics"
 
     def close(self) -> None:
         """End the thread. Twice is fine."""

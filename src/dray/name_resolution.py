@@ -87,6 +87,11 @@ def listening_address(host: str) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
+def bracketed(host: str) -> str:
+    """A host as it stands before a port: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address or name is this machine's loopback, which other machines cannot reach."""
     try:

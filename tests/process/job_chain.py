@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 from job_runner import JobRun, job_settings, running
+from ledgers import noted
 
 from dray.jobs.replica.checkpoint import CheckpointState, find_checkpoint
 
@@ -126,12 +125,6 @@ class Ledger:
     def contributed(self) -> list[tuple[int, ...]]:
         """Every payload that the last weights have learnt from."""
         return [payload for payloads in self.steps.values() for payload in payloads]
-
-
-def noted(path: Path) -> list[Any]:
-    """The whole lines of a ledger."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def random_victims(seed: int, count: int) -> list[str]:

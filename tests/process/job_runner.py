@@ -100,6 +100,20 @@ class Trainer:
         self.steps, self.seen, self.uids = json.loads((folder / "trainer.json").read_text())
 """
 
+LIMITED = (
+    CLASSES
+    + """
+import resource
+class Limited(Trainer):
+    def train_step(self, trajectories):
+        # From now on, a file of more than 64 KiB fails as on a full disk.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+        return super().train_step(trajectories)
+"""
+)
+"""With a trainer `Limited`."""
+
 JOB = """
 [job]
 name = "small"

@@ -23,20 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from job_runner import JobRun, job_settings, running
+from ledgers import NOTE
 from watched_runs import BOUND, processes_where
 
 TOKEN = "DRAY_JOB_SERIES"
 """Environment variable by which processes of the series are known, whatever process started them."""
 
-CLASSES = """
-import json, os, time
-import numpy as np
-
-def note(folder, name, line):
-    descriptor = os.open(folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    os.write(descriptor, (json.dumps(line) + "\\n").encode())
-    os.close(descriptor)
-
+CLASSES = (
+    NOTE
+    + """
 def content(identity):
     return np.random.default_rng(identity).integers(0, 1 << 40, 64)
 
@@ -72,6 +67,7 @@ class Trainer:
         self.steps = int((folder / "steps").read_text())
         note(self.context.output, "trained.jsonl", self.steps)
 """
+)
 
 
 @dataclass(frozen=True)

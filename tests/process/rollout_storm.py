@@ -9,29 +9,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import random
 import re
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 from job_runner import JobRun, job_settings, running
+from ledgers import NOTE, noted
 
 BATCH = 8
 
-CLASSES = """
-import json, os, time
-import numpy as np
-
-def note(folder, name, line):
-    descriptor = os.open(folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    os.write(descriptor, (json.dumps(line) + "\\n").encode())
-    os.close(descriptor)
-
+CLASSES = (
+    NOTE
+    + """
 def content(identity):
     return np.random.default_rng(identity).integers(0, 1 << 30, 2000)
 
@@ -66,6 +59,7 @@ class Trainer:
     def load(self, folder):
         self.steps = int((folder / "steps").read_text())
 """
+)
 
 
 def run_storm(folder: Path, kills: int, seed: int, *settings: str, show: Callable[[str], None] = print) -> JobRun:
@@ -117,12 +111,6 @@ def check(job: JobRun) -> dict[str, int]:
     assert left <= len(kept) + 2 * BATCH, story
     figures = {"steps": len(steps), "trained": len(trained), "deaths": len(kept), "kept": sum(kept)}
     return {**figures, "left": left, "memory": memory, **lost}
-
-
-def noted(path: Path) -> list[Any]:
-    """The whole lines of a ledger."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def _kill_one(job: JobRun, choose: random.Random) -> None:

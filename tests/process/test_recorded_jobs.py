@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from job_runner import CLASSES, job_settings, running
+from job_runner import CLASSES, LIMITED, job_settings, running
 
 from dray.recording import Recording
 
@@ -47,20 +47,13 @@ def test_a_recording_of_a_job_gives_another_one_the_same_batches(tmp_path: Path)
 
 def test_a_job_whose_recording_cannot_be_written_continues_without_it(tmp_path: Path) -> None:
     settings = job_settings("policy.record=recording", "policy.trainer=small.py:Limited", "job.max_steps=3")
-    limited = """
-import resource
-class Limited(Trainer):
-    def train_step(self, trajectories):
-        # From now on, a file of more than 64 KiB fails as on a full disk.
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-        return super().train_step(trajectories)
+    wide_worker = """
 class Wide(Worker):
     def rollout(self, work_item):
         return {"x": np.zeros(16384), **super().rollout(work_item)}
 """
     wide = job_settings("rollout.worker=small.py:Wide", "rollout.slot_bytes=200000")
-    with running(tmp_path, *settings, *wide, classes=CLASSES + limited) as job:
+    with running(tmp_path, *settings, *wide, classes=LIMITED + wide_worker) as job:
         assert job.end() == 1, job.story()
         assert "nothing more is recorded, from step 1" in job.text
         assert job.summary()["steps"] == 3

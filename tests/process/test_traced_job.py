@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from job_runner import CLASSES, JobRun, job_settings, running
+from job_runner import LIMITED, JobRun, job_settings, running
 from traces import checked_events, spans_in
 
 from dray.jobs.folder import JobFolder
@@ -145,16 +145,7 @@ def test_job_whose_trace_cannot_be_written_continues_without_it(tmp_path: Path) 
     settings = job_settings(
         *("job.trace=1", "policy.trainer=small.py:Limited", "job.max_steps=40", "stop.at_least=1000")
     )
-    limited = """
-import resource
-class Limited(Trainer):
-    def train_step(self, trajectories):
-        # From now on, a file of more than 64 KiB fails as on a full disk.
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-        return super().train_step(trajectories)
-"""
-    with running(tmp_path, *settings, classes=CLASSES + limited) as job:
+    with running(tmp_path, *settings, classes=LIMITED) as job:
         assert job.end() == 1, job.story()
     assert job.text.count("no more stages of payloads are written to policy-0.jsonl") == 1
     assert job.summary()["steps"] == 40

@@ -22,6 +22,7 @@ from typing import Any, Final
 from dray.errors import ConfigError, MissingDependencyError
 from dray.integrations.columns import Column, reads, rows_of, value_of, wrapped
 from dray.integrations.store import PayloadStore
+from dray.name_resolution import bracketed
 from dray.payload.torch_interop import is_tensor
 from dray.transport.receive_buffers import ReceiveBuffers
 
@@ -78,8 +79,7 @@ def open_store(section: Mapping[str, Any]) -> PayloadStore:
         except OSError as error:
             what = f"a file that this process can read ({error.strerror})"
             raise ConfigError(f"backend.{NAME}.secret_file", section["secret_file"], what) from error
-    shown = f"[{host}]" if ":" in host else host
-    return PayloadStore(**options, listen=[f"{lane}://{shown}:0" for lane in lanes], secret=secret)
+    return PayloadStore(**options, listen=[f"{lane}://{bracketed(host)}:0" for lane in lanes], secret=secret)
 
 
 @StorageBootstrapProvider.register_provider(NAME)

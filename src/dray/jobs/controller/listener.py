@@ -36,7 +36,7 @@ from dray.counters import Counters
 from dray.errors import ConfigError, TransportError
 from dray.files import read_private_file, write_json
 from dray.jobs.folder import JobFolder
-from dray.name_resolution import MAX_RESOLVE_SECONDS, resolve
+from dray.name_resolution import MAX_RESOLVE_SECONDS, bracketed, resolve
 
 # --- http listener -----------------------------------------------------------------------------------------------
 
@@ -225,8 +225,7 @@ def _listening(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket
 def advertise(folder: JobFolder, listener: socket.socket, token: str) -> None:
     """Write the controller's URL and its token to the job's folder, for the job's owner only."""
     host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    write_json(folder.controller_address, {"url": f"http://{shown}:{port}", "token": token}, mode=0o600)
+    write_json(folder.controller_address, {"url": f"http://{bracketed(host)}:{port}", "token": token}, mode=0o600)
 
 
 # --- token -------------------------------------------------------------------------------------------------------

@@ -131,7 +131,6 @@ def supervise(
         attempt_folder(folder)
         if placement.options is not None:
             placement.options.write(folder.root)
-        write_run_record(folder, config, job_file)
         resources.enter_context(supervisor_log(folder.logs, config.job.log_level))
         # The children of this process are Redis and those of the caller.
         heirs = resources.enter_context(rollout_agent(config, report))
@@ -166,6 +165,7 @@ def supervise(
             show_line=display.show_line,
         )
         processes.start_replicas(selector, spec)
+        write_run_record(folder, config, job_file)  # it takes a while, in which the processes start
         more = f", {len(placement.remote)} more start on other nodes" if placement.remote else ""
         count = sum(1 for each in local.processes if each.role is not None)
         report(f"started controller and {count} replicas{more}; output in {short_path(folder.root)}")

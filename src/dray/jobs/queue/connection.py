@@ -30,7 +30,7 @@ from redis.retry import Retry
 
 from dray.clock import MONOTONIC, Deadline, retry_pauses
 from dray.errors import ConfigError, ControlPlaneError, TransportError
-from dray.name_resolution import resolve
+from dray.name_resolution import bracketed, resolve
 from dray.resources import Closing
 
 logger = logging.getLogger("dray.jobs.queue")
@@ -104,8 +104,7 @@ class RedisAddress:
     @classmethod
     def of_port(cls, host: str, port: int, password: str, user: str = "") -> RedisAddress:
         """The address of a server on a TCP port."""
-        bracketed = f"[{host}]" if ":" in host else host
-        return cls(f"redis://{quote(user, safe='')}:{quote(password, safe='')}@{bracketed}:{port}/0")
+        return cls(f"redis://{quote(user, safe='')}:{quote(password, safe='')}@{bracketed(host)}:{port}/0")
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of a redis-py connection pool, the password among them."""

@@ -28,6 +28,7 @@ from dray.errors import (
 from dray.jobs.process import StopFlag
 from dray.jobs.queue import PublishedWeights, WeightsChannel
 from dray.jobs.replica.user_code import UserValueError
+from dray.name_resolution import bracketed
 from dray.payload import Arrays
 from dray.payload.ragged import arrays_in
 from dray.resources import Closing
@@ -276,7 +277,7 @@ def _on_usable_lanes(lane: str, host: str | None, publisher: Callable[[Sequence[
     Raises:
         ConfigError, MissingDependencyError: this machine cannot use the lane of the job.
     """
-    shown = f"[{host}]" if host is not None and ":" in host else host
+    shown = None if host is None else bracketed(host)
     if lane == "shm" or (lane == "auto" and host is None):
         return publisher(())
     if lane != "auto":

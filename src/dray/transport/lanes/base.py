@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 from dray.clock import Deadline
+from dray.name_resolution import bracketed
 from dray.protocol.frames import Outgoing
 from dray.protocol.handshake import AttachRequest, ServerIdentity
 from dray.protocol.ref import has_control
@@ -345,7 +346,7 @@ class HostPortLane(Lane):
         return (host, port) if _is_host(host) and 0 < port < 65536 else None
 
     def format_address(self, host: str, port: int) -> str:
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return f"{bracketed(host)}:{port}"
 
 
 def _is_host(text: str) -> bool:
