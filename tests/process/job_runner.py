@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import select
@@ -181,6 +182,7 @@ class JobRun(WatchedRun):
         )
         self.pid = self.process.pid
         self.text = ""
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode
 
     def wait_for(self, words: str) -> None:
         """Read what the job prints until `words` come."""
@@ -189,9 +191,14 @@ class JobRun(WatchedRun):
         while words not in self.text:
             readable = select.select([self.process.stdout], [], [], deadline.remaining)[0]
             assert readable, f"{BOUND:g} s passed while waiting for {words!r}\n{self.story()}"
-            chunk = os.read(self.process.stdout.fileno(), 65536).decode()
-            assert chunk, f"the job ended without printing {words!r}\n{self.story()}"
-            self.text += chunk
+            assert self.take_in(), f"the job ended without printing {words!r}\n{self.story()}"
+
+    def take_in(self) -> bool:
+        """Add what was printed to the text; False if the job has closed its output."""
+        assert self.process.stdout is not None
+        chunk = os.read(self.process.stdout.fileno(), 65536)
+        self.text += self.decode(chunk)
+        return bool(chunk)
 
     def end(self, bound: float = BOUND) -> int:
         """Wait for the end and return the exit code; whatever is left of the job fails the test."""
@@ -200,7 +207,7 @@ class JobRun(WatchedRun):
         except subprocess.TimeoutExpired:
             self.dump_stacks()
             raise AssertionError(f"the job did not end within {bound} s\n{self.story()}") from None
-        self.text += rest.decode()
+        self.text += self.decode(rest)
         self.wait_until_gone(0.0)
         assert not (self.output / ".run").exists()
         return self.process.returncode
@@ -211,10 +218,8 @@ class JobRun(WatchedRun):
         super().dump_stacks()
         assert self.process.stdout is not None
         while select.select([self.process.stdout], [], [], 0.2)[0]:
-            chunk = os.read(self.process.stdout.fileno(), 65536).decode()
-            if not chunk:
+            if not self.take_in():
                 return
-            self.text += chunk
 
     def processes(self, name: str = "") -> list[psutil.Process]:
         """What runs of the job, grandchildren included; `name` is part of the command line."""

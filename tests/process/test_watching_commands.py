@@ -1,5 +1,6 @@
 """`dray logs` and `dray top` with real jobs, `dray top` on a pseudo-terminal."""
 
+import codecs
 import fcntl
 import os
 import pty
@@ -54,13 +55,14 @@ class Terminal:
         )
         self.inner: int | None = inner
         self.text = ""
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode
 
     def wait_for(self, words: str) -> None:
         """Read what is shown until `words` come."""
         deadline = Deadline.after(BOUND)
         while words not in self.text:
             assert select.select([self.end], [], [], deadline.remaining)[0], self.text
-            self.text += os.read(self.end, 65536).decode()
+            self.text += self.decode(os.read(self.end, 65536))
 
     def wait(self) -> int:
         """The exit code, once all that is shown was read."""
@@ -68,9 +70,9 @@ class Terminal:
         while self.process.poll() is None:
             assert not deadline.expired, self.text
             if select.select([self.end], [], [], 0.05)[0]:
-                self.text += os.read(self.end, 65536).decode()
+                self.text += self.decode(os.read(self.end, 65536))
         while select.select([self.end], [], [], 0)[0]:
-            self.text += os.read(self.end, 65536).decode()
+            self.text += self.decode(os.read(self.end, 65536))
         return self.process.returncode
 
     @property
