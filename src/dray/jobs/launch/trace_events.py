@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any, Final
 
 from dray.jobs.launch.stage_table import Traced
@@ -16,9 +16,6 @@ _KINDS: Final[dict[str, frozenset[Stage]]] = {
     "payload": frozenset((Stage.READ, Stage.WAIT_IN_BATCH, Stage.TRAIN, Stage.COMMIT, Stage.FREE)),
 }
 """The kinds of threads that each process is shown with, and the stages on them."""
-
-_MAX_THREADS: Final = 1 << 20
-"""Of one kind, in one process: numbers of threads do not meet."""
 
 Event = dict[str, Any]
 
@@ -36,10 +33,11 @@ def trace_events(spans: Sequence[Traced]) -> dict[str, Any]:
     for pid, (process, group) in enumerate(by_process, 1):
         own = [each.span for each in group]
         events.append(_name("process_name", pid, 0, f"{process.name} (pid {process.pid})"))
-        for number, (kind, stages) in enumerate(_KINDS.items()):
+        tids = count(1)
+        for kind, stages in _KINDS.items():
             found = [span for span in own if span.stage in stages]
             for index, thread in enumerate(_threads(found, chained=kind == "payload")):
-                tid = number * _MAX_THREADS + index
+                tid = next(tids)
                 events.append(_name("thread_name", pid, tid, f"{kind} {index + 1}" if index else kind))
                 for span in thread:
                     made = _slice(span, pid, tid, start)
