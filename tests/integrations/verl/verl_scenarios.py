@@ -3,7 +3,7 @@
     python verl_scenarios.py SCENARIO ARGUMENTS
 
 ARGUMENTS is JSON; the last line of the output is JSON as well: what the scenario has found. It runs where only
-loopback can be reached; see `test_verl_weights`.
+loopback can be reached; see `test_verl`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import ray
 import torch
 from verl.checkpoint_engine.base import CheckpointEngineManager, CheckpointEngineRegistry, CheckpointEngineWorker
 from verl.single_controller.base import Worker
-from verl.single_controller.base.decorator import Dispatch, register
+from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.utils.import_utils import import_external_libs
 from verl.workers.config import CheckpointEngineConfig, RolloutConfig
@@ -235,6 +235,120 @@ def missing(**job: Any) -> dict[str, Any]:
             error = f"{type(caught.cause).__name__}: {caught.cause}"
         found[name] = {"error": error, "seconds": time.perf_counter() - began}
     return found
+
+
+# --- samples ----------------------------------------------------------------------------------------------------
+
+GROUP, VOCABULARY = 2, 1000
+"""Trajectories of each prompt; tokens are below the second."""
+
+
+def trajectory(uid: str, session: int, tokens: int) -> dict[str, Any]:
+    """What a rollout of verl stores of one trajectory, in the same form: ragged, dense and other values."""
+    make = torch.Generator().manual_seed(int(uid) * GROUP + session)
+    prompt, response = (tokens + int(torch.randint(1, 9, (), generator=make)) for _ in range(2))
+    found = {"prompts": prompt, "responses": response, "input_ids": prompt + response}
+    ids: dict[str, Any] = {
+        name: torch.randint(VOCABULARY, (size,), generator=make) for name, size in found.items()
+    }
+    return ids | {
+        "response_mask": torch.ones(response, dtype=torch.int64),
+        "rm_scores": torch.randn(response, generator=make),
+        "raw_prompt": [{"role": "user", "content": f"prompt {uid}, µ"}],
+        "extra_fields": {"uid": uid, "session": session, "min_global_steps": 1},
+    }
+
+
+class Rollouts(Worker):
+    """The part of verl's `AgentLoopWorkerTQ` that has to do with TransferQueue."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def generate(self, uids: list[str], step: int, tokens: int) -> None:
+        import transfer_queue as tq
+        from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+        tq.init()
+        for uid in uids[self.rank :: self.world_size]:
+            tq.kv_put(key=uid, partition_id="train", tag={"status": "running"})
+            fields = [trajectory(uid, session, tokens) for session in range(GROUP)]
+            sizes = [each["input_ids"].numel() for each in fields]
+            tags = [{"status": "success", "seq_len": size, "global_steps": step} for size in sizes]
+            keys = [f"{uid}_{session}" for session in range(GROUP)]
+            tq.kv_batch_put(keys=keys, partition_id="train", fields=list_of_dict_to_tensordict(fields), tags=tags)
+            tq.kv_put(key=uid, partition_id="train", tag={"status": "finished"})
+
+
+class Trainer(Worker):
+    """A worker of the actor: verl gives it the samples behind a `KVBatchMeta`, and stores what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._register_dispatch_collect_info("actor", dp_rank=self.rank, is_collect=True)
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn("actor"))
+    def compute_log_prob(self, batch: Any) -> Any:
+        from verl.utils.tensordict_utils import get_tensordict
+
+        return get_tensordict({"log_probs": log_probs(batch["responses"]), "entropy": batch["rm_scores"] * 2})
+
+
+def log_probs(responses: Any) -> Any:
+    """In the place of a model."""
+    return torch.nested.as_nested_tensor([row / -VOCABULARY for row in responses.unbind()], layout=torch.jagged)
+
+
+def equal(found: Any, expected: Any) -> bool:
+    """Values of one field of one sample."""
+    found = getattr(found, "data", found) if not isinstance(found, torch.Tensor) else found
+    if isinstance(expected, torch.Tensor):
+        return found.dtype == expected.dtype and torch.equal(found, expected)
+    return bool(found == expected)
+
+
+def samples(steps: int, prompts: int, tokens: int, overrides: list[str]) -> dict[str, Any]:
+    """Steps of verl's trainer, with its replay buffer, bridge and dispatch, and no model; all values are compared.
+
+    Args:
+        overrides: of verl's configuration.
+    """
+    import transfer_queue as tq
+    from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides)
+    tq.init(config.transfer_queue)
+    rollouts, trainers = group(2, {}, Rollouts), group(2, {}, Trainer)
+    buffer = ReplayBuffer(
+        trainer_mode="sync", trainer_config=OmegaConf.create({}), max_off_policy_threshold=None,
+        max_off_policy_strategy="drop", sampler_kwargs=OmegaConf.create({}), poll_interval=0.05,
+    )  # fmt: skip
+    wrong, compared, stored = [], 0, 0
+    for step in range(1, steps + 1):
+        uids = [str(step * prompts + each) for each in range(prompts)]
+        pending = [{"is_prompt": True, "status": "pending", "global_steps": step} for _ in uids]
+        tq.kv_batch_put(keys=uids, partition_id="train", tags=pending)
+        rollouts.generate(uids, step, tokens)
+        batch, _ = buffer.sample(global_steps=step, partition_id="train", batch_size=prompts)
+        batch.reorder(list(reversed(range(len(batch.keys)))))
+        returned = trainers.compute_log_prob(batch)
+        assert len(returned) == len(batch.keys) == prompts * GROUP
+        data = tq.kv_batch_get(keys=batch.keys, partition_id="train")
+        for row, key in enumerate(batch.keys):
+            uid, _, session = key.partition("_")
+            expected = trajectory(uid, int(session), tokens)
+            expected["log_probs"] = expected["responses"] / -VOCABULARY
+            expected["entropy"] = expected["rm_scores"] * 2
+            stored += sum(each.nbytes for each in expected.values() if isinstance(each, torch.Tensor))
+            for name, value in expected.items():
+                compared += 1
+                if not equal(list(data[name])[row], value):
+                    wrong.append(f"{key} {name}")
+        tq.kv_clear(keys=batch.keys, partition_id="train")
+    left = tq.kv_list() or {}
+    tq.close()
+    return {"wrong": wrong, "compared": compared, "stored": stored, "left": sum(map(len, left.values()))}
 
 
 STARTS = 3

@@ -1,4 +1,4 @@
-"""verl's own manager and workers with dray as checkpoint engine: what docs/how-to/verl.md promises."""
+"""verl's own managers, buffers and workers with dray behind them: what docs/how-to/verl.md promises."""
 
 import importlib.metadata
 import json
@@ -42,7 +42,7 @@ def home() -> Iterator[Path]:
 def run(home: Path) -> Run:
     """Runs a function of `verl_scenarios` in a cluster that can reach nothing but loopback."""
 
-    def call(scenario: str, *, plugins: str = "none", **arguments: Any) -> dict[str, Any]:
+    def call(scenario: str, *, plugins: str = "none", modules: str = "", **arguments: Any) -> dict[str, Any]:
         command = [sys.executable, str(HERE / "verl_scenarios.py"), scenario, json.dumps(arguments)]
         environment = {
             "DRAY_SCOPE": home.name,
@@ -51,6 +51,7 @@ def run(home: Path) -> Run:
             "RAY_AUTH_MODE": "disabled",
             "RAY_TMPDIR": str(home),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "VERL_USE_EXTERNAL_MODULES": modules,
             "VERL_USE_EXTERNAL_PLUGINS": plugins,
         }
         done = subprocess.run(
@@ -64,17 +65,20 @@ def run(home: Path) -> Run:
     return call
 
 
+def page_block(name: str, language: str) -> str:
+    """What stands in a block of code of the page."""
+    text = (ROOT / "docs" / "how-to" / "verl.md").read_text(encoding="utf-8")
+    found = re.search(rf"^<!-- integration: verl/{name} -->\n```{language}\n(.*?)^```$", text, re.M | re.S)
+    assert found is not None
+    return found[1]
+
+
 def page_settings() -> dict[str, Any]:
     """What stands in the page below `checkpoint_engine`."""
     import yaml  # it comes with ray
 
-    text = (ROOT / "docs" / "how-to" / "verl.md").read_text(encoding="utf-8")
-    found = re.search(
-        r"^<!-- integration: verl/checkpoint_engine.yaml -->\n```yaml\n(.*?)^```$", text, re.M | re.S
-    )
-    assert found is not None
-    settings: dict[str, Any] = yaml.safe_load(found[1])["actor_rollout_ref"]["rollout"]["checkpoint_engine"]
-    return settings
+    settings: dict[str, Any] = yaml.safe_load(page_block("checkpoint_engine.yaml", "yaml"))
+    return dict(settings["actor_rollout_ref"]["rollout"]["checkpoint_engine"])
 
 
 def test_with_the_settings_of_the_page_every_byte_reaches_all_rollouts_in_memory_that_they_share(run: Run) -> None:
@@ -119,3 +123,17 @@ def test_weights_that_are_not_sent_are_reported_in_time(run: Run) -> None:
     assert "of step 1, not of step 2" in found["absent"]["error"]
     assert found["unsent"]["error"].startswith("StreamTimeout")
     assert 3 <= found["unsent"]["seconds"] < 30
+
+
+def test_samples_of_training_steps_travel_with_their_own_content_as_the_page_configures_it(run: Run) -> None:
+    """verl's replay buffer, bridge and dispatch; the steps together store more than dray has memory for."""
+    export, _, command = page_block("transfer_queue.sh", "sh").partition("\n")
+    modules = export.removeprefix("export VERL_USE_EXTERNAL_MODULES=")
+    overrides = shlex.split(command.replace("\\\n", " "))[3:]
+    capacity = 2 << 20
+    overrides.append(f"transfer_queue.backend.dray.capacity_bytes={capacity}")
+    found = run("samples", modules=modules, steps=6, prompts=8, tokens=2000, overrides=overrides)
+    assert found["wrong"] == []
+    assert found["compared"] == 6 * 8 * 2 * 9
+    assert found["left"] == 0
+    assert found["stored"] > 4 * capacity, "each of four processes has so much memory"
