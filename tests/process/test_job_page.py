@@ -46,6 +46,8 @@ def test_browser_shows_a_job_until_it_fails_and_what_its_worker_prints_stays_tex
         )
         assert len(plots) == 7
         assert window.run("return document.querySelectorAll('script').length + document.images.length") == 1
+        window.resize(500, 900)
+        assert window.run("return document.documentElement.scrollWidth <= window.innerWidth"), "a narrow window"
         (job.output / "break").touch()
         window.wait_for("The job has ended (failed): ", "#notice")
         assert f"the environment broke {HOSTILE}" in window.text("#notice")
