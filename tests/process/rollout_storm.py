@@ -106,7 +106,13 @@ def check(job: JobRun) -> dict[str, int]:
     kept = [int(number) for number in re.findall(r"has died; (\d+) payloads", log)]
     last = re.findall(r"(\d+) were dropped, (\d+) are left with (\d+) bytes of memory", log) or [(0, 0, 0)]
     dropped, left, memory = map(int, last[-1])
-    assert dropped == 0, story
+    heirs = summary["heirs"]
+    assert dropped == heirs["dropped"] == 0, story
+    assert heirs["rings"] == sum(1 for number in kept if number), story
+    assert heirs["payloads"] == sum(kept) == heirs["consumed"] + heirs["left"], story
+    assert heirs["left"] == left, story
+    ended = ("trained", "discarded", "too_old", "repeated", "trimmed", "dead_letters", "backlog")
+    assert delivery["published"] == sum(delivery[name] for name in ended), story
     # What a killed replica was handing on, and what the job was about to train on.
     assert left <= len(kept) + 2 * BATCH, story
     figures = {"steps": len(steps), "trained": len(trained), "deaths": len(kept), "kept": sum(kept)}

@@ -61,10 +61,15 @@ class AgentStatistics:
     inherited_rings: int  # rings of dead owners so far that had payloads
     inherited_payloads: int  # their payloads
     inherited_bytes: int  # the size of these
-    dropped: int  # inherited payloads that were given up: for the limit of memory, or of time
+    dropped: int  # inherited payloads that were given up: for a limit of memory or time, or the agent's end
     ignored: int  # slots that contradicted themselves when they were inherited
     refused: int  # registrations that were refused
     turned_away: int  # times that consumers asked here for payloads of a living owner
+
+    @property
+    def consumed(self) -> int:
+        """Inherited payloads that all readers have consumed."""
+        return self.inherited_payloads - self.dropped - self.left
 
 
 class Agent(Closing):
@@ -122,15 +127,16 @@ class Agent(Closing):
         """The agent at this moment."""
         with self._lock:
             counts = self._counts
+            counted = [each.count() for each in self._inheritances]
             return AgentStatistics(
                 registered=len(self._held),
                 inheritances=len(self._inheritances),
-                left=sum(each.left for each in self._inheritances),
+                left=sum(left for left, _ in counted),
                 memory=sum(each.memory for each in self._inheritances),
                 inherited_rings=counts["rings"],
                 inherited_payloads=counts["payloads"],
                 inherited_bytes=counts["bytes"],
-                dropped=counts["dropped"],
+                dropped=counts["dropped"] + sum(dropped for _, dropped in counted),
                 ignored=counts["ignored"],
                 refused=counts["refused"],
                 turned_away=counts["away"],
@@ -202,6 +208,7 @@ class Agent(Closing):
             inheritance.end()
         for inheritance in inheritances:
             inheritance.close()
+        self._collect_ended()
 
     # --- registrations ----------------------------------------------------------------------------------------
 
@@ -243,7 +250,8 @@ class Agent(Closing):
         except DrayError as error:
             for each in descriptors:
                 each.close()
-            self._count(refused=1)
+            with self._lock:
+                self._count(refused=1)
             _LOG.warning("the ring of process %d is refused: %s", pid, error)
             answer = Answer(refused=str(error))
         if held is None:
@@ -311,7 +319,7 @@ class Agent(Closing):
         with self._lock:
             del self._held[held]
             self._inheritances[inheritance] = None
-        self._count(rings=payloads > 0, payloads=payloads, bytes=nbytes, ignored=inheritance.ignored)
+            self._count(rings=payloads > 0, payloads=payloads, bytes=nbytes, ignored=inheritance.ignored)
         _LOG.info("%s (pid %d) has died; %d payloads (%d bytes) are kept", held.name, held.pid, payloads, nbytes)
         self._limit_memory()
 
@@ -338,7 +346,7 @@ class Agent(Closing):
             inheritance = self._ended.popleft()
             with self._lock:
                 self._inheritances.pop(inheritance, None)
-            self._count(dropped=inheritance.dropped)
+                self._count(dropped=inheritance.dropped)
 
     # --- consumers that come too early --------------------------------------------------------------------------
 
@@ -353,15 +361,16 @@ class Agent(Closing):
 
     def _turn_away(self, held: HeldRing) -> None:
         held.turn_away = None
-        self._count(away=1)
+        with self._lock:
+            self._count(away=1)
         held.close_waiting()
         for listener in held.listeners:
             self._watch(listener.fileno(), functools.partial(self._asked, held))
 
     def _count(self, **more: int) -> None:
-        with self._lock:
-            for name, number in more.items():
-                self._counts[name] += number
+        """With the lock."""
+        for name, number in more.items():
+            self._counts[name] += number
 
 
 def _receive(connection: socket.socket, descriptors: list[Descriptor]) -> bytes | None:
