@@ -30,6 +30,7 @@ from dray.agent.messages import MAX_MESSAGE, WITHDRAWN, Answer, Request
 from dray.clock import Deadline
 from dray.errors import ConfigError, DrayError, ProtocolError
 from dray.forking import here, not_inherited
+from dray.identifiers import DEFAULT_AGENT_KEEP, DEFAULT_AGENT_MEMORY
 from dray.private_directory import MAX_SOCKET_PATH
 from dray.resources import Closing, needing
 from dray.ring.consumer_events import Bell, Descriptor
@@ -38,9 +39,6 @@ from dray.transport.lanes.socket import NO_SIGNAL
 
 MAX_RINGS: Final = 1024
 """Rings that are registered, or inherited, at a time."""
-
-DEFAULT_MEMORY: Final = 4 << 30
-DEFAULT_KEEP: Final = 600.0
 
 TURN_AWAY_SECONDS: Final = 1.0
 """How long a consumer waits here for an owner that does not answer it and is not dead."""
@@ -88,7 +86,9 @@ class Agent(Closing):
         OutOfResources: no descriptor is left.
     """
 
-    def __init__(self, folder: Path, *, memory: int = DEFAULT_MEMORY, keep: float = DEFAULT_KEEP) -> None:
+    def __init__(
+        self, folder: Path, *, memory: int = DEFAULT_AGENT_MEMORY, keep: float = DEFAULT_AGENT_KEEP
+    ) -> None:
         if memory <= 0:
             raise ConfigError("memory", memory, "more than 0 bytes")
         if not 0 < keep < math.inf:
@@ -160,6 +160,8 @@ class Agent(Closing):
     def _run(self) -> None:
         try:
             while not self._stopping:
+                # An event may be that of a descriptor which an action before it has closed: then its number has no
+                # action, or another one, which finds nothing to do.
                 for number, _ in self._epoll.poll(self._timeout()):
                     if (action := self._actions.get(number)) is not None:
                         self._act(action)
@@ -352,9 +354,6 @@ class Agent(Closing):
 
     def _asked(self, held: HeldRing) -> None:
         """Consumers have found no server of the owner: it is about to be dead, or its server has failed."""
-        if held.owner_is_dead:
-            self._check_owner(held)
-            return
         for listener in held.listeners:
             self._unwatch(listener.fileno())
         held.turn_away = Deadline.after(TURN_AWAY_SECONDS)
@@ -387,9 +386,8 @@ def _receive(connection: socket.socket, descriptors: list[Descriptor]) -> bytes 
         return None
     except OSError:  # it has failed
         return b""
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            whole = len(data) - len(data) % _INT.size
-            numbers = [number for (number,) in _INT.iter_unpack(data[:whole])]
-            descriptors += [Descriptor(numbers.pop, 0) for _ in range(len(numbers))]
+    for _, _, data in ancillary:  # descriptors alone: the socket asks the kernel for nothing else
+        whole = len(data) - len(data) % _INT.size
+        numbers = [number for (number,) in _INT.iter_unpack(data[:whole])]
+        descriptors += [Descriptor(numbers.pop, 0) for _ in range(len(numbers))]
     return message
