@@ -97,7 +97,7 @@ def test_a_ring_of_more_memory_than_all_may_have_is_dropped_at_once() -> None:
 
 
 def test_a_payload_that_is_never_consumed_holds_the_memory_of_its_ring_until_its_time_has_passed() -> None:
-    with running_agent(keep=3.0) as running, owner(running) as child, client_of("shm") as client:
+    with running_agent(keep=6.0) as running, owner(running) as child, client_of("shm") as client:
         child.receive()
         refs = put(child, 1, 2, 3)
         child.kill()
@@ -106,7 +106,7 @@ def test_a_payload_that_is_never_consumed_holds_the_memory_of_its_ring_until_its
         found = running.statistics()
         assert (found.inherited_payloads, found.consumed, found.dropped) == (3, 2, 0)
         assert found.memory > 0
-        wait_until(lambda: running.statistics().inheritances == 0, "the end of the time")
+        wait_until(lambda: running.statistics().inheritances == 0, "the end of the time", 30.0)
         found = running.statistics()
         assert (found.consumed, found.dropped, found.left, found.memory) == (2, 1, 0, 0)
 
