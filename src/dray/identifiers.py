@@ -1,4 +1,4 @@
-"""Names and numbers of payloads and lanes that several layers share. Nothing heavy is imported for them."""
+"""Names and numbers of payloads, lanes and agents that several layers share. No heavy import is needed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ MAX_SLOT_BYTES: Final = 1 << 42
 
 LANE_NAMES: Final = ("shm", "ucx", "tcp")
 """The lanes of `dray.transport.lanes.LANES`, best first."""
+
+DEFAULT_AGENT_MEMORY: Final = 4 << 30
+"""Bytes of memory that the rings which an agent has inherited may keep together."""
+
+DEFAULT_AGENT_KEEP: Final = 600.0
+"""Seconds after the death of a ring's owner when its agent drops what is left."""
 
 Wanted: TypeAlias = tuple[int, int, int]
 """(slot, sequence number, reader id) of a payload that a reader asks for."""

@@ -1,21 +1,19 @@
 """Faults H1 to H4 of docs/reference/failure-modes.md: owners, agents and consumers that die, in every order."""
 
-import array
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
+from agent_fixtures import NBYTES, OWNER, answer_to, client_of, owner, put, running_agent, wait_inherited
 from direct_fixtures import producing
-from transport_fixtures import Child, pattern, reference
+from transport_fixtures import Child, pattern
 from waiting import wait_until
 
-from dray import PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer
+from dray import PayloadServer, SharedRingBuffer
 from dray.agent import AGENT_VARIABLE, Agent, Registration, find_agent, register
-from dray.agent.messages import MAX_MESSAGE, Answer, Request
+from dray.agent.messages import Request
 from dray.errors import (
     ConfigError,
     ProducerLostError,
@@ -28,72 +26,6 @@ from dray.private_directory import PrivateDirectory
 from dray.ring.direct import direct_problem
 
 pytestmark = pytest.mark.skipif(bool(direct_problem()), reason=direct_problem() or "-")
-
-NBYTES = 40_000
-SECRET = bytes(range(32))
-
-OWNER = """
-from pathlib import Path
-from dray.agent import Registration
-secret = bytes.fromhex(arguments["secret"]) if arguments["secret"] else None
-ring = SharedRingBuffer(arguments["slots"], 1 << 16)
-registration = Registration(ring, Path(arguments["agent"]), name="owner", lanes=arguments["lanes"], secret=secret)
-server = PayloadServer(
-    ring, lane=arguments["lanes"], secret=secret, heirs=registration.endpoints, drain_timeout=0.5, threads=1
-)
-send(registration.endpoints)
-writing = None
-while (wanted := receive()) is not None:
-    if wanted == "write":
-        writing = ring.claim(NBYTES := 1000)
-        writing.buffer[:] = b"x" * NBYTES
-        send(writing.slot)
-    elif wanted == "fork":
-        forked = os.fork()
-        if not forked:
-            import signal
-            signal.pause()
-        send(forked)
-    elif wanted == "close server":
-        server.close()
-        send()
-    elif wanted == "close descriptors":
-        os.closerange(3, 1 << 10)
-        send()
-    else:
-        seed, nbytes = wanted
-        send(json.loads(server.put_bytes(pattern(seed, nbytes), timeout=20).to_json()))
-registration.close()
-server.close()
-ring.close()
-"""
-"""Registers a ring with an agent; puts ``[seed, nbytes]``, leaves a slot half written, forks, and more."""
-
-
-@contextlib.contextmanager
-def running_agent(**options: Any) -> Iterator[Agent]:
-    with PrivateDirectory() as folder, Agent(folder.path, **options) as agent:
-        yield agent
-
-
-def owner(agent: Agent, *, lanes: Sequence[str] = ("shm",), slots: int = 8) -> Child:
-    secret = SECRET.hex() if "tcp" in lanes else ""
-    return Child(OWNER, agent=str(agent.path), lanes=lanes, slots=slots, secret=secret)
-
-
-def put(child: Child, *seeds: int) -> list[PayloadRef]:
-    return [reference(child.ask([seed, NBYTES])) for seed in seeds]
-
-
-def client_of(*lanes: str) -> PayloadClient:
-    return PayloadClient(lane=lanes, secret=SECRET if "tcp" in lanes else None)
-
-
-def wait_inherited(agent: Agent, payloads: int) -> None:
-    wait_until(
-        lambda: agent.statistics().inherited_payloads == payloads, "the inheritance", story=agent.statistics
-    )
-
 
 # --- H1 ---------------------------------------------------------------------------------------------------------
 
@@ -359,14 +291,6 @@ def test_h4_inherited_memory_and_threads_end_with_their_payloads() -> None:
 # --- what is refused --------------------------------------------------------------------------------------------
 
 
-def answer_to(agent: Agent, message: bytes, descriptors: Sequence[int]) -> Answer:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
-        raw.settimeout(10)
-        raw.connect(str(agent.path))
-        raw.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
-        return Answer.decode(raw.recv(MAX_MESSAGE))
-
-
 def test_registrations_that_are_wrong_are_refused_and_the_agent_continues() -> None:
     request = Request("owner", 1, 8, ("shm",), "127.0.0.1").encode()
     with running_agent() as agent, SharedRingBuffer(4, 100) as ring:
@@ -386,7 +310,7 @@ def test_registrations_that_are_wrong_are_refused_and_the_agent_continues() -> N
                 (Request("owner", 1, 8, ("tcp",), "127.0.0.1", b"short").encode(), good),
             ):
                 assert answer_to(agent, message, descriptors).refused
-        with pytest.raises(ConfigError, match="refuses"):
+        with pytest.raises(ConfigError, match="does not take the ring"):
             Registration(ring, agent.path, name="owner", lanes=["ucx"])
         assert agent.statistics().refused == 10
         with Registration(ring, agent.path, name="owner") as registration:

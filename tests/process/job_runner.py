@@ -148,6 +148,7 @@ class JobRun(WatchedRun):
     """A running or ended `dray run`.
 
     Args:
+        job: the job file without `stop_table`; None for one that the folder has already.
         prefix: a command that runs the one whose words follow it.
     """
 
@@ -155,12 +156,14 @@ class JobRun(WatchedRun):
         self,
         folder: Path,
         *options: str,
+        job: str | None = JOB,
         stop_table: str = STOP,
         classes: str = CLASSES,
         prefix: Sequence[str] = (),
     ) -> None:
         (folder / "small.py").write_text(classes)
-        (folder / "job.toml").write_text(JOB + stop_table)
+        if job is not None:
+            (folder / "job.toml").write_text(job + stop_table)
         super().__init__(folder / "out")
         self.process = subprocess.Popen(
             [
@@ -264,21 +267,22 @@ class JobRun(WatchedRun):
 def running(
     folder: Path,
     *options: str,
+    job: str | None = JOB,
     stop_table: str = STOP,
     classes: str = CLASSES,
     prefix: Sequence[str] = (),
 ) -> Iterator[JobRun]:
     """A job, of which nothing runs afterwards."""
-    job = JobRun(folder, *options, stop_table=stop_table, classes=classes, prefix=prefix)
+    run = JobRun(folder, *options, job=job, stop_table=stop_table, classes=classes, prefix=prefix)
     try:
-        yield job
+        yield run
     finally:
-        if job.process.poll() is None:
-            job.process.kill()
-        job.process.wait()
-        job.kill_all()
-        assert job.process.stdout is not None
-        job.process.stdout.close()
+        if run.process.poll() is None:
+            run.process.kill()
+        run.process.wait()
+        run.kill_all()
+        assert run.process.stdout is not None
+        run.process.stdout.close()
 
 
 def job_settings(*settings: str) -> list[str]:

@@ -56,7 +56,7 @@ def test_a_run_records_its_command_its_configuration_with_defaults_and_the_versi
         name for row in re.findall(r"^\| (.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
     }
     assert documented - {"mean_return", "lane"} <= set(summary) <= documented, "every field is documented"
-    for group in ("delivery", "work_items", "weights"):
+    for group in ("delivery", "work_items", "weights", "heirs"):
         (row,) = re.findall(rf"^\| `{group}` \| (.*)\|$", table, re.MULTILINE)
         assert set(summary[group]) <= set(re.findall(r"`(\w+)`", row))
 

@@ -30,6 +30,7 @@ from dray.agent.messages import MAX_MESSAGE, WITHDRAWN, Answer, Request
 from dray.clock import Deadline
 from dray.errors import ConfigError, DrayError, ProtocolError
 from dray.forking import here, not_inherited
+from dray.identifiers import DEFAULT_AGENT_KEEP, DEFAULT_AGENT_MEMORY
 from dray.private_directory import MAX_SOCKET_PATH
 from dray.resources import Closing, needing
 from dray.ring.consumer_events import Bell, Descriptor
@@ -38,9 +39,6 @@ from dray.transport.lanes.socket import NO_SIGNAL
 
 MAX_RINGS: Final = 1024
 """Rings that are registered, or inherited, at a time."""
-
-DEFAULT_MEMORY: Final = 4 << 30
-DEFAULT_KEEP: Final = 600.0
 
 TURN_AWAY_SECONDS: Final = 1.0
 """How long a consumer waits here for an owner that does not answer it and is not dead."""
@@ -61,10 +59,15 @@ class AgentStatistics:
     inherited_rings: int  # rings of dead owners so far that had payloads
     inherited_payloads: int  # their payloads
     inherited_bytes: int  # the size of these
-    dropped: int  # inherited payloads that were given up: for the limit of memory, or of time
+    dropped: int  # inherited payloads that were given up: for a limit of memory or time, or the agent's end
     ignored: int  # slots that contradicted themselves when they were inherited
     refused: int  # registrations that were refused
     turned_away: int  # times that consumers asked here for payloads of a living owner
+
+    @property
+    def consumed(self) -> int:
+        """Inherited payloads that all readers have consumed."""
+        return self.inherited_payloads - self.dropped - self.left
 
 
 class Agent(Closing):
@@ -83,7 +86,9 @@ class Agent(Closing):
         OutOfResources: no descriptor is left.
     """
 
-    def __init__(self, folder: Path, *, memory: int = DEFAULT_MEMORY, keep: float = DEFAULT_KEEP) -> None:
+    def __init__(
+        self, folder: Path, *, memory: int = DEFAULT_AGENT_MEMORY, keep: float = DEFAULT_AGENT_KEEP
+    ) -> None:
         if memory <= 0:
             raise ConfigError("memory", memory, "more than 0 bytes")
         if not 0 < keep < math.inf:
@@ -122,15 +127,16 @@ class Agent(Closing):
         """The agent at this moment."""
         with self._lock:
             counts = self._counts
+            counted = [each.count() for each in self._inheritances]
             return AgentStatistics(
                 registered=len(self._held),
                 inheritances=len(self._inheritances),
-                left=sum(each.left for each in self._inheritances),
+                left=sum(left for left, _ in counted),
                 memory=sum(each.memory for each in self._inheritances),
                 inherited_rings=counts["rings"],
                 inherited_payloads=counts["payloads"],
                 inherited_bytes=counts["bytes"],
-                dropped=counts["dropped"],
+                dropped=counts["dropped"] + sum(dropped for _, dropped in counted),
                 ignored=counts["ignored"],
                 refused=counts["refused"],
                 turned_away=counts["away"],
@@ -154,6 +160,8 @@ class Agent(Closing):
     def _run(self) -> None:
         try:
             while not self._stopping:
+                # An event may be that of a descriptor which an action before it has closed: then its number has no
+                # action, or another one, which finds nothing to do.
                 for number, _ in self._epoll.poll(self._timeout()):
                     if (action := self._actions.get(number)) is not None:
                         self._act(action)
@@ -202,6 +210,7 @@ class Agent(Closing):
             inheritance.end()
         for inheritance in inheritances:
             inheritance.close()
+        self._collect_ended()
 
     # --- registrations ----------------------------------------------------------------------------------------
 
@@ -243,7 +252,8 @@ class Agent(Closing):
         except DrayError as error:
             for each in descriptors:
                 each.close()
-            self._count(refused=1)
+            with self._lock:
+                self._count(refused=1)
             _LOG.warning("the ring of process %d is refused: %s", pid, error)
             answer = Answer(refused=str(error))
         if held is None:
@@ -311,7 +321,7 @@ class Agent(Closing):
         with self._lock:
             del self._held[held]
             self._inheritances[inheritance] = None
-        self._count(rings=payloads > 0, payloads=payloads, bytes=nbytes, ignored=inheritance.ignored)
+            self._count(rings=payloads > 0, payloads=payloads, bytes=nbytes, ignored=inheritance.ignored)
         _LOG.info("%s (pid %d) has died; %d payloads (%d bytes) are kept", held.name, held.pid, payloads, nbytes)
         self._limit_memory()
 
@@ -338,30 +348,28 @@ class Agent(Closing):
             inheritance = self._ended.popleft()
             with self._lock:
                 self._inheritances.pop(inheritance, None)
-            self._count(dropped=inheritance.dropped)
+                self._count(dropped=inheritance.dropped)
 
     # --- consumers that come too early --------------------------------------------------------------------------
 
     def _asked(self, held: HeldRing) -> None:
         """Consumers have found no server of the owner: it is about to be dead, or its server has failed."""
-        if held.owner_is_dead:
-            self._check_owner(held)
-            return
         for listener in held.listeners:
             self._unwatch(listener.fileno())
         held.turn_away = Deadline.after(TURN_AWAY_SECONDS)
 
     def _turn_away(self, held: HeldRing) -> None:
         held.turn_away = None
-        self._count(away=1)
+        with self._lock:
+            self._count(away=1)
         held.close_waiting()
         for listener in held.listeners:
             self._watch(listener.fileno(), functools.partial(self._asked, held))
 
     def _count(self, **more: int) -> None:
-        with self._lock:
-            for name, number in more.items():
-                self._counts[name] += number
+        """With the lock."""
+        for name, number in more.items():
+            self._counts[name] += number
 
 
 def _receive(connection: socket.socket, descriptors: list[Descriptor]) -> bytes | None:
@@ -378,9 +386,8 @@ def _receive(connection: socket.socket, descriptors: list[Descriptor]) -> bytes 
         return None
     except OSError:  # it has failed
         return b""
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            whole = len(data) - len(data) % _INT.size
-            numbers = [number for (number,) in _INT.iter_unpack(data[:whole])]
-            descriptors += [Descriptor(numbers.pop, 0) for _ in range(len(numbers))]
+    for _, _, data in ancillary:  # descriptors alone: the socket asks the kernel for nothing else
+        whole = len(data) - len(data) % _INT.size
+        numbers = [number for (number,) in _INT.iter_unpack(data[:whole])]
+        descriptors += [Descriptor(numbers.pop, 0) for _ in range(len(numbers))]
     return message

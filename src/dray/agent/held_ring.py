@@ -153,7 +153,6 @@ class Inheritance(Closing):
         self._keep = keep
         self._dropping = threading.Lock()
         self._ended = ended
-        self._why = f"they were not consumed within {keep:g} s"
         with contextlib.ExitStack() as made:
             made.enter_context(held)
             self._ring = made.enter_context(held.inherit())
@@ -165,33 +164,33 @@ class Inheritance(Closing):
         self._thread = threading.Thread(target=self._run, name="dray-inheritance", daemon=True)
         self._thread.start()
 
-    def drop(self, why: str) -> None:
-        """Give up what is left. Does not wait for the end of the thread."""
+    def drop(self, why: str, level: int = logging.WARNING) -> None:
+        """Give up what is left, and log how many payloads that are. Does not wait for the end of the thread."""
         with self._dropping, contextlib.suppress(BufferClosedError):
-            self._why, self.dropping = why, True
-            self.dropped += self._ring.drop_all()
+            self.dropping = True
+            dropped = self._ring.drop_all()
+            self.dropped += dropped
+            if dropped:
+                text = "dropped %d of %d payloads of %s (pid %d): %s"
+                _LOG.log(level, text, dropped, self.payloads, self.name, self.pid, why)
 
-    @property
-    def left(self) -> int:
-        """Payloads that are neither consumed nor dropped."""
-        try:
-            return len(self._ring.ready(leased=True))
-        except BufferClosedError:
-            return 0
+    def count(self) -> tuple[int, int]:
+        """How many payloads are neither consumed nor dropped, and how many were dropped, at one moment."""
+        with self._dropping:
+            try:
+                return len(self._ring.ready(leased=True)), self.dropped
+            except BufferClosedError:
+                return 0, self.dropped
 
     def end(self) -> None:
         """Serve nothing any more; what is left is gone. Does not wait for the end of the thread. Twice is fine."""
+        self.drop("the agent has ended", logging.INFO)
         self._ring.close()
 
     def _run(self) -> None:
         try:
             if not self._ring.wait_all_consumed(self._keep):
-                self.drop(self._why)
-            if self.dropped:
-                _LOG.warning(
-                    "dropped %d of %d payloads of %s (pid %d): %s",
-                    self.dropped, self.payloads, self.name, self.pid, self._why,
-                )  # fmt: skip
+                self.drop(f"they were not consumed within {self._keep:g} s")
         except BufferClosedError:
             pass  # the agent closes
         finally:

@@ -72,13 +72,11 @@ class Registration(Closing):
         self._request = Request(name, ring.readers, max_leases, tuple(lanes), host, secret)
         self._mark = here[0]
         self._closed = False
-        self._socket, self.endpoints = self._register()
-        try:
+        with contextlib.ExitStack() as made:
             with needing("the registration of a ring"):
-                self._closing = Bell(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        except BaseException:
-            self._socket.close()
-            raise
+                self._closing = made.enter_context(Bell(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            self._socket, self.endpoints = self._register()
+            made.pop_all()
         self._thread = threading.Thread(target=self._watch, name="dray-registration", daemon=True)
         self._thread.start()
 
@@ -114,7 +112,8 @@ class Registration(Closing):
                 raise Unreachable("the agent has closed the connection", endpoint=where)
             answer = Answer.decode(message)
             if answer.refused:
-                raise ConfigError("heir", where, "an agent that takes the ring", f"refuses it: {answer.refused}")
+                problem = f"{where} does not take the ring ({answer.refused})"
+                raise ConfigError("heir", where, "must be an agent that takes it", problem)
         except TimeoutError as error:
             connection.close()
             raise TransportTimeout("no answer of the agent", endpoint=where, elapsed=deadline.elapsed) from error

@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
+from dray.identifiers import DEFAULT_AGENT_KEEP, DEFAULT_AGENT_MEMORY
+
 
 def agent(
     memory: Annotated[
         int, typer.Option(min=1, help="Bytes of memory that the rings of dead producers may keep together.")
-    ] = 4 << 30,
+    ] = DEFAULT_AGENT_MEMORY,
     keep: Annotated[
         float, typer.Option(min=0.001, help="Seconds after a producer's death when what is left is dropped.")
-    ] = 600.0,
+    ] = DEFAULT_AGENT_KEEP,
 ) -> None:
     """Serve what registered producers of this user leave when they are killed, until Ctrl-C or SIGTERM.
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from dray.errors import ConfigError
-from dray.identifiers import LANE_NAMES, MAX_SLOT_BYTES
+from dray.identifiers import DEFAULT_AGENT_KEEP, DEFAULT_AGENT_MEMORY, LANE_NAMES, MAX_SLOT_BYTES
 
 JOB_NAME_FORM: Final = "1 to 63 letters, digits, '.', '_' or '-'"
 ENTRY_POINT_FORM: Final = '"file.py:Class" (the file beside the job file) or "package.module:Class"'
@@ -136,8 +136,8 @@ class PolicyTable(Table):
 class AgentTable(Table):
     """`[agent]`: how much is kept of rollout replicas that die, on each machine, and for how long."""
 
-    memory: int = _count(4 << 30, least=0)
-    keep: float = _seconds(600.0)
+    memory: int = _count(DEFAULT_AGENT_MEMORY, least=0)
+    keep: float = _seconds(DEFAULT_AGENT_KEEP)
 
 
 class RedisTable(Table):

@@ -3,23 +3,50 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from dray.agent import AGENT_VARIABLE, Agent
 from dray.errors import DrayError
 from dray.jobs.config import JobConfig
+from dray.jobs.messages.models import HeirFigures
 from dray.private_directory import PrivateDirectory
 from dray.text import text_of
 
 _LOG = logging.getLogger("dray.jobs.launch.heirs")
 
 
-@contextmanager
-def rollout_agent(config: JobConfig, report: Callable[[str], None]) -> Iterator[Mapping[str, str]]:
-    """An agent in this process, for the rollout replicas of this machine; yields the variables that they need.
+class RolloutHeir:
+    """The heir of the rollout replicas of this machine, if they have one.
 
-    It ends with the block, and with this process however that ends. Without one the job runs as well: what a
+    Attributes:
+        variables: what the replicas find in their environment.
+    """
+
+    def __init__(self, agent: Agent | None) -> None:
+        self._agent = agent
+        self.variables: Mapping[str, str] = {} if agent is None else {AGENT_VARIABLE: text_of(agent.path)}
+
+    def figures(self) -> HeirFigures:
+        """What it has inherited so far."""
+        if self._agent is None:
+            return HeirFigures()
+        found = self._agent.statistics()
+        return HeirFigures(
+            rings=found.inherited_rings,
+            payloads=found.inherited_payloads,
+            bytes=found.inherited_bytes,
+            consumed=found.consumed,
+            dropped=found.dropped,
+            left=found.left,
+        )
+
+
+@contextmanager
+def rollout_heir(config: JobConfig, report: Callable[[str], None]) -> Iterator[RolloutHeir]:
+    """The heir of the rollout replicas of this machine: an agent in this process.
+
+    It ends with the block, and with this process however that ends. Without an agent the job runs as well: what a
     killed replica leaves is lost then, and counted.
 
     Args:
@@ -27,7 +54,7 @@ def rollout_agent(config: JobConfig, report: Callable[[str], None]) -> Iterator[
         report: is called with one line if there can be no agent.
     """
     if not config.agent.memory or config.job.transfer == "inline":
-        yield {}
+        yield RolloutHeir(None)
         return
     with ExitStack() as opened:
         try:
@@ -35,9 +62,9 @@ def rollout_agent(config: JobConfig, report: Callable[[str], None]) -> Iterator[
             agent = opened.enter_context(Agent(folder.path, memory=config.agent.memory, keep=config.agent.keep))
         except DrayError as error:
             report(f"no heir: {error}; payloads of rollout replicas that are killed are lost")
-            yield {}
+            yield RolloutHeir(None)
             return
-        yield {AGENT_VARIABLE: text_of(agent.path)}
+        yield RolloutHeir(agent)
         found = agent.statistics()
         if found.inherited_rings:
             _LOG.info(
@@ -45,3 +72,10 @@ def rollout_agent(config: JobConfig, report: Callable[[str], None]) -> Iterator[
                 "%d were dropped, %d are left with %d bytes of memory",
                 found.inherited_payloads, found.inherited_rings, found.dropped, found.left, found.memory,
             )  # fmt: skip
+
+
+def total(figures: Iterable[HeirFigures]) -> dict[str, int]:
+    """The figures of several machines together, by name."""
+    found = [each.model_dump(exclude={"what"}) for each in figures]
+    names = [name for name in HeirFigures.model_fields if name != "what"]
+    return {name: sum(each[name] for each in found) for name in names}

@@ -24,7 +24,7 @@ from dray.jobs.controller.listener import advertise
 from dray.jobs.controller.state import THE_JOB_HAS
 from dray.jobs.exit_codes import NOT_RESTARTED, USER_CODES, ExitCode, meaning
 from dray.jobs.folder import JobFolder, JobSpec, RunOptions
-from dray.jobs.messages.models import MemberState, OutcomeKind, Role
+from dray.jobs.messages.models import HeirFigures, MemberState, OutcomeKind, Role
 from dray.jobs.process import PARENT_VARIABLE, ChildProcess, adopt_orphans, child_pids, is_running, kill_orphans
 from dray.resources import Closing
 
@@ -268,6 +268,10 @@ class HostListener:
 
     def stop_accepting(self) -> None:
         """The job ends: hosts that are not connected are not needed any more."""
+
+    def heir_figures(self) -> list[HeirFigures]:
+        """What the agents of the other hosts have inherited, as each has reported last."""
+        return []
 
 
 class LocalHost:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ def write_report(
     reason: str,
     first_step: int,
     age: float | None = None,
+    heirs: Mapping[str, int] = MappingProxyType({}),
 ) -> list[str]:
     """Write both files and return the lines with which `dray run` ends: its bottleneck, where that is known, and
     its outcome.
@@ -68,6 +70,7 @@ def write_report(
         reason: why it ended.
         first_step: the step that the run resumed from.
         age: seconds since the controller last answered, where it was gone before it could write the last status.
+        heirs: what agents have inherited of killed rollout replicas.
     """
     age = None if age is None else round(age, 2)
     if status is None:
@@ -90,6 +93,7 @@ def write_report(
         "seconds": round(seconds, 2),
         "figures_age": age,
         **_counters(status),
+        "heirs": dict(heirs),
         "stages": stages,
         "metrics": _last_metrics(steps),
     }

@@ -19,7 +19,7 @@ from dray.jobs.controller.state import THE_JOB_HAS
 from dray.jobs.exit_codes import USER_CODES, ExitCode
 from dray.jobs.folder import JobFolder, JobSpec, short_path
 from dray.jobs.launch.display import Display
-from dray.jobs.launch.heirs import rollout_agent
+from dray.jobs.launch.heirs import rollout_heir, total
 from dray.jobs.launch.output import attempt_folder, supervisor_log, write_run_record
 from dray.jobs.launch.process_supervisor import ProcessSupervisor
 from dray.jobs.launch.processes import JobPlacement, JobProcess, JobProcesses, LocalHost, replica_end
@@ -133,8 +133,8 @@ def supervise(
             placement.options.write(folder.root)
         resources.enter_context(supervisor_log(folder.logs, config.job.log_level))
         # The children of this process are Redis and those of the caller.
-        heirs = resources.enter_context(rollout_agent(config, report))
-        local = LocalHost(folder, lambda name: {**placement.environment(name), **heirs}, selector, report)
+        heir = resources.enter_context(rollout_heir(config, report))
+        local = LocalHost(folder, lambda name: {**placement.environment(name), **heir.variables}, selector, report)
         spec = JobSpec(
             config=config,
             job_file=job_file,
@@ -171,6 +171,7 @@ def supervise(
         report(f"started controller and {count} replicas{more}; output in {short_path(folder.root)}")
         supervisor.watch()
         ending = supervisor.ending()
+        inherited = heir.figures()
         if ending.status is not None:
             display.update(ending.status)
     display.close()
@@ -183,6 +184,7 @@ def supervise(
         reason=ending.reason,
         first_step=state.step if state is not None else 0,
         age=None if ending.complete else supervisor.seconds_since_status,
+        heirs=total([inherited, *placement.listener.heir_figures()]),
     )
     for line in (*later, *summary):
         report(line)

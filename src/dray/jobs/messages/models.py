@@ -407,6 +407,26 @@ class ReplicasRunning(Message):
     names: Annotated[list[Name], Field(max_length=MAX_MEMBERS)]
 
 
+class HeirFigures(Message):
+    """From a node, when it has changed: what the agent there has inherited of killed rollout replicas so far.
+
+    Attributes:
+        rings: rings of theirs that had payloads.
+        payloads, bytes: in these.
+        consumed: of the payloads, those that were consumed since.
+        dropped: those that were given up, for a limit of memory or time.
+        left: those that are still there.
+    """
+
+    what: Literal["heirs"] = "heirs"
+    rings: Annotated[int, Field(ge=0)] = 0
+    payloads: Annotated[int, Field(ge=0)] = 0
+    bytes: Annotated[int, Field(ge=0)] = 0
+    consumed: Annotated[int, Field(ge=0)] = 0
+    dropped: Annotated[int, Field(ge=0)] = 0
+    left: Annotated[int, Field(ge=0)] = 0
+
+
 class ReplicaEnded(Message):
     """From a node: how a replica ended, and the number of the signal with which the node has had it end, or 0."""
 
@@ -448,8 +468,9 @@ class HeadAddress(Message):
 
 
 RankMessage = RankCommand | RankReply
-NodeMessage = StartReplica | ReplicaStarted | ReplicasRunning | ReplicaEnded | SendSignal | KillReplica | Shutdown
-ChannelMessage = Annotated[RankMessage | NodeMessage, Field(discriminator="what")]
+HeadMessage = StartReplica | SendSignal | KillReplica | Shutdown
+NodeMessage = ReplicaStarted | ReplicasRunning | HeirFigures | ReplicaEnded
+ChannelMessage = Annotated[RankMessage | HeadMessage | NodeMessage, Field(discriminator="what")]
 
 
 # --- work item parts ---------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from dray.jobs.messages.channel import MessageChannel
 from dray.jobs.messages.models import (
     ChannelMessage,
     HeadAddress,
+    HeirFigures,
     KillReplica,
     ReplicaEnded,
     ReplicasRunning,
@@ -116,11 +117,13 @@ class RemoteHost:
 
     Attributes:
         connected: whether the node has connected; it does so once.
+        heirs: what its agent has inherited, as it has reported last.
     """
 
     def __init__(self, node: str, logs: Path) -> None:
         self.node = node
         self.connected = False
+        self.heirs = HeirFigures()
         self._logs = logs
         self._roles: dict[str, Role] = {}
         self._replicas: dict[str, RemoteReplica] = {}
@@ -170,17 +173,25 @@ class RemoteHost:
         # The node confirms the shutdown by closing its connection.
         poll = select.poll()
         poll.register(self._channel, select.POLLIN)
-        self._channel.poll()
+        self._receive_messages(self._channel)
         while not self._channel.lost and not deadline.expired:
             poll.poll(1000 * deadline.remaining)
-            self._channel.poll()
+            self._receive_messages(self._channel)
         if not self._channel.lost:
             _LOG.warning("node %s did not confirm shutdown within %.1f s", self.node, deadline.elapsed)
         self._detach()
 
     def _receive(self) -> None:
         assert self._channel is not None
-        for message in self._channel.poll():
+        self._receive_messages(self._channel)
+        if self._channel.lost:
+            _LOG.info("node %s is gone", self.node)
+            self._detach()
+            for replica in self._replicas.values():
+                replica.note_lost()
+
+    def _receive_messages(self, channel: MessageChannel) -> None:
+        for message in channel.poll():
             match message:
                 case ReplicaStarted(name=name) if name in self._roles:
                     log = self._logs / f"{name}.log"
@@ -191,13 +202,10 @@ class RemoteHost:
                             self._replicas[name].note_running()
                 case ReplicaEnded(name=name) if name in self._replicas:
                     self._replicas[name].note_end(message)
+                case HeirFigures():
+                    self.heirs = message
                 case _:  # a replica that is not placed there
                     _LOG.warning("node %s sent a message of no use: %r", self.node, message.what)
-        if self._channel.lost:
-            _LOG.info("node %s is gone", self.node)
-            self._detach()
-            for replica in self._replicas.values():
-                replica.note_lost()
 
     def _detach(self) -> None:
         assert self._channel is not None
@@ -256,6 +264,9 @@ class NodeConnections(HostListener, Closing):
 
     def stop_accepting(self) -> None:
         self._listener.close()
+
+    def heir_figures(self) -> list[HeirFigures]:
+        return [each.heirs for each in self.hosts.values()]
 
     def close(self) -> None:
         self._listener.close()

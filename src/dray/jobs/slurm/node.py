@@ -15,7 +15,8 @@ import selectors
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -25,15 +26,16 @@ from dray.errors import ConfigError, ControlPlaneError, TransportError
 from dray.files import make_own_folders, read_private_file
 from dray.jobs.exit_codes import ExitCode, meaning
 from dray.jobs.folder import JobFolder, JobSpec
-from dray.jobs.launch.heirs import rollout_agent
+from dray.jobs.launch.heirs import rollout_heir
 from dray.jobs.launch.output import KEY
 from dray.jobs.launch.process_supervisor import ProcessSupervisor
 from dray.jobs.launch.processes import JobProcess, LocalHost
 from dray.jobs.launch.shutdown import KillStage, ShutdownEscalation
 from dray.jobs.messages.auth import ConnectionInfo, connect
-from dray.jobs.messages.channel import MessageChannel
+from dray.jobs.messages.channel import GroupLostError, MessageChannel
 from dray.jobs.messages.models import (
     HeadAddress,
+    HeirFigures,
     KillReplica,
     ReplicaEnded,
     ReplicasRunning,
@@ -79,6 +81,7 @@ class NodeAgent(ProcessSupervisor):
     Args:
         placed: the replicas of this node.
         host: this machine.
+        heir_figures: returns what the heir of its rollout replicas has inherited.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class NodeAgent(ProcessSupervisor):
         task: Task,
         placed: Sequence[Placement],
         host: LocalHost,
+        heir_figures: Callable[[], HeirFigures],
         *,
         selector: selectors.BaseSelector,
         inbox: SignalInbox,
@@ -94,6 +98,8 @@ class NodeAgent(ProcessSupervisor):
         self._task = task
         self._placed = {each.name: each for each in placed}
         self._host = host
+        self._heir_figures = heir_figures
+        self._heir_reported = HeirFigures()
         self._timeouts = task.plan.config.timeouts
         self._silence = task.plan.config.controller.dead_after
         self._folder = JobFolder(task.plan.run_folder, task.name)
@@ -116,8 +122,11 @@ class NodeAgent(ProcessSupervisor):
                 self._selector.register(self._channel, selectors.EVENT_READ, self._receive)
                 self.watch()
             finally:
-                # The end of the connection confirms to the head that nothing is left here.
+                # The end of the connection confirms to the head that nothing is left here. Until then the head
+                # reads, also after it has sent its last.
                 self._host.close(Deadline.after(0))
+                with suppress(GroupLostError):
+                    self._report_heir()
         if self.signals:
             return 128 + self.signals[0]
         if self._dismissed:
@@ -214,8 +223,16 @@ class NodeAgent(ProcessSupervisor):
             self._next_report = Deadline.after(min(REPORT_INTERVAL, self._silence / 6))
             names = [each.name for each in self._host.processes if each.running and is_running(each.pid)]
             self._channel.post(ReplicasRunning(names=names))
+            with suppress(GroupLostError):  # the end of the connection is noticed elsewhere
+                self._report_heir()
         if self._job_has_ended and not self._is_ending:
             self._end()
+
+    def _report_heir(self) -> None:
+        """Report what was inherited, if that has changed."""
+        if (figures := self._heir_figures()) != self._heir_reported:
+            self._channel.send(figures)
+            self._heir_reported = figures
 
     def _on_end(self, process: JobProcess) -> None:
         code = process.exit_code
@@ -260,10 +277,10 @@ def run_node(task: Task) -> int:
     with (
         SignalInbox() as inbox,
         selectors.DefaultSelector() as selector,
-        rollout_agent(task.plan.config, _LOG.warning) as heirs,
+        rollout_heir(task.plan.config, _LOG.warning) as heir,
     ):
-        host = LocalHost(folder, lambda name: {**variables[name], **heirs}, selector, _LOG.info)
-        return NodeAgent(task, placed, host, selector=selector, inbox=inbox).run()
+        host = LocalHost(folder, lambda name: {**variables[name], **heir.variables}, selector, _LOG.info)
+        return NodeAgent(task, placed, host, heir.figures, selector=selector, inbox=inbox).run()
 
 
 def main() -> int:

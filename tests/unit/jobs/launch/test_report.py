@@ -7,8 +7,9 @@ import pytest
 
 from dray.jobs.config import JobConfig
 from dray.jobs.folder import JobFolder
+from dray.jobs.launch.heirs import total
 from dray.jobs.launch.report import write_report
-from dray.jobs.messages.models import MemberState, MemberStatus, Phase, ProgressReport, Role, Status
+from dray.jobs.messages.models import HeirFigures, MemberState, MemberStatus, Phase, ProgressReport, Role, Status
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,6 +93,18 @@ def test_summary_and_last_line_state_how_old_their_figures_are_when_the_controll
     age, line = written(None)
     assert age is None
     assert "old" not in line
+
+
+def test_summary_has_what_the_heirs_of_all_machines_have_kept(tmp_path: Path) -> None:
+    first = HeirFigures(rings=1, payloads=5, bytes=500, consumed=4, left=1)
+    second = HeirFigures(rings=2, payloads=3, bytes=300, consumed=1, dropped=2)
+    folder = JobFolder(tmp_path)
+    write_report(
+        folder, config_of(), None, seconds=3.0, exit_code=0, reason="it was killed", first_step=0,
+        heirs=total([first, second]),
+    )  # fmt: skip
+    kept = {"rings": 3, "payloads": 8, "bytes": 800, "consumed": 5, "dropped": 2, "left": 1}
+    assert json.loads(folder.summary.read_text())["heirs"] == kept
 
 
 def test_summary_is_strict_json_whatever_the_metrics_are(tmp_path: Path) -> None:

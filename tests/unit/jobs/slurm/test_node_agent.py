@@ -15,7 +15,7 @@ from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.job_file import parse_job
 from dray.jobs.launch.processes import JobProcess
-from dray.jobs.messages.models import Role
+from dray.jobs.messages.models import HeirFigures, Role
 from dray.jobs.process import DUMP_SIGNAL, SignalInbox
 from dray.jobs.slurm.head import NodeConnections, RemoteHost
 from dray.jobs.slurm.node import NodeAgent
@@ -80,8 +80,11 @@ class Node:
         self.selector = selectors.DefaultSelector()
         self.inbox = SignalInbox()
         self.host = ScriptedHost(self.selector)
+        self.inherited = HeirFigures()
         placed = [each for each in placements(plan.config, task.nodes) if each.node == task.node]
-        self.agent = NodeAgent(task, placed, self.host, selector=self.selector, inbox=self.inbox)
+        self.agent = NodeAgent(
+            task, placed, self.host, lambda: self.inherited, selector=self.selector, inbox=self.inbox
+        )
 
     def run(self, head: Callable[[Head], object]) -> int:
         """Run the agent while `head` does in a thread what a head does; returns the agent's exit code."""
@@ -121,6 +124,22 @@ def test_agent_starts_what_the_head_asks_for_and_kills_what_is_left_at_the_shutd
     assert [each.name for each in node.host.started] == ["rollout-0", "rollout-1"]
     assert node.host["rollout-1"].received == [signal.SIGKILL]
     assert node.host.closed
+
+
+def test_head_knows_what_the_node_has_inherited_until_its_end(node: Node) -> None:
+    inherited = HeirFigures(rings=1, payloads=5, bytes=500, consumed=2, left=3)
+    at_the_end = inherited.model_copy(update={"consumed": 5, "left": 0})
+
+    def head(head: Head) -> None:
+        head.until_both_run()
+        node.inherited = inherited
+        head.until(lambda: head.nodes.heir_figures() == [inherited], "the report of what was inherited")
+        node.inherited = at_the_end
+        head.host.request_shutdown()
+        head.host.close(Deadline.after(10.0))
+
+    assert node.run(head) == ExitCode.OK
+    assert node.head.nodes.heir_figures() == [at_the_end]
 
 
 def test_replica_is_restarted_when_the_head_asks_for_it(node: Node) -> None:
