@@ -127,8 +127,8 @@ def test_a_running_job_is_recorded_until_ctrl_c_and_the_recording_gives_another_
     replayed = job_settings(
         "rollout.replicas=1", f"work.replay={folder}", f"job.max_steps={len(counts)}", "policy.args.repeats=true"
     )
-    with running(tmp_path / "second", *settings, *replayed, classes=CLASSES + BATCHES) as job:
-        job.end()
+    with running(tmp_path / "second", *settings, *replayed, stop_table="", classes=CLASSES + BATCHES) as job:
+        assert job.end() == 0, job.story()
         assert batches(job.output) == trained[first - 1 : last]
 
 
@@ -193,7 +193,7 @@ def test_ctrl_c_waits_for_the_end_of_the_step(tmp_path: Path) -> None:
             os.mkfifo(gate)
             with gate.open("w"):  # which waits for the trainer
                 command.interrupt()
-                command.wait_for("for policy-0, which is training step")
+                command.wait_for("for policy-0 to end its step; it is training step")
                 gate.unlink()
             assert command.end() == 0, command.text
         assert command.recorded() == len(Recording(folder))

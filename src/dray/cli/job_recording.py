@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from dray.cli.extras import require_extra
-from dray.cli.status import ANSWER_BOUND, ends_soon, read_address
+from dray.cli.status import ends_soon, read_address
 from dray.clock import Deadline
 from dray.errors import ConfigError, ControlPlaneError
 from dray.jobs.folder import JobFolder
@@ -55,6 +55,7 @@ def record_job(
         ControlPlaneError: the controller does not answer.
     """
     require_extra("jobs")
+    from dray.jobs.controller.recording import ORDER_SECONDS
     from dray.jobs.messages.controller_client import ControllerClient
     from dray.jobs.messages.models import MAX_PATH, RecordingOrder, RecordingRefusedError
 
@@ -70,7 +71,7 @@ def record_job(
         file_bytes=file_bytes,
         stop_when_full=stop_when_full,
     )
-    with ControllerClient(url, token, ANSWER_BOUND) as client:
+    with ControllerClient(url, token, ORDER_SECONDS) as client:
         try:
             state = _follow(job, client, order, stop)
         except RecordingRefusedError as error:
@@ -91,7 +92,7 @@ def _follow(
     from dray.jobs.messages.models import Phase, RecordingState
 
     last: RecordingState | None = None
-    shown, waits, deadline = False, False, Deadline.after(None)
+    shown, deadline = "", Deadline.after(None)
     while True:
         if stop.is_set() and not order.end:
             order, deadline = order.model_copy(update={"end": True}), Deadline.after(END_SECONDS)
@@ -101,9 +102,6 @@ def _follow(
             if last is None or not ends_soon(job):
                 raise
             return last.model_copy(update={"phase": Phase.DRAINING})  # its last phase was not seen
-        if state.began and not shown:
-            shown = True
-            typer.echo(f"recording into {order.folder}; Ctrl-C ends it", err=True)
         if state.ended:
             return state
         if deadline.expired:
@@ -111,7 +109,12 @@ def _follow(
                 f"policy-0 has not ended the recording: it is {state.doing}, and ends it afterwards",
                 elapsed=deadline.elapsed,
             )
-        if order.end and not waits:
-            waits = True
-            typer.echo(f"waiting up to {END_SECONDS:g} s for policy-0, which is {state.doing}", err=True)
+        line = f"recording into {order.folder}; Ctrl-C ends it"
+        if order.end:
+            line = f"waiting up to {END_SECONDS:g} s for policy-0 to end its step"
+        elif not state.began:
+            line = "waiting for policy-0 to begin its next step"
+        if line != shown:
+            shown = line
+            typer.echo(line if state.began and not order.end else f"{line}; it is {state.doing}", err=True)
         last = state

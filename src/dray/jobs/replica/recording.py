@@ -52,7 +52,7 @@ class TrainingRecorder(Closing):
         if self._order is None or order.id != self._order.id:
             self._end()
             self._order, self._report = order, RecordingReport(id=order.id, first=order.first)
-            if not order.end:
+            if not order.end or order.first is not None:  # which an earlier replica has not reported as ended
                 self._begin(order)
         if order.end:
             self._end()

@@ -19,7 +19,7 @@ from dray.jobs.messages.models import RecordingOrder, RecordingState, Role
 from dray.jobs.process import StopFlag
 from dray.jobs.replica.heartbeat import Activity, Heartbeat
 from dray.jobs.replica.recording import TrainingRecorder
-from dray.recording import Recording
+from dray.recording import Recorder, Recording
 
 BATCH = [Trajectory({"x": np.full(3, number)}, number, number, {}) for number in range(4)]
 
@@ -57,7 +57,7 @@ class Policy:
 
 
 @contextmanager
-def policy(tmp_path: Path, record: Path | None = None) -> Iterator[Policy]:
+def policy(tmp_path: Path, record: Path | None = None, interval: float = 0.05) -> Iterator[Policy]:
     tables = {"rollout": {"worker": "a.py:A"}, "policy": {"trainer": "a.py:B", "batch_size": 2}}
     config = parse_job({"job": {"name": "small", "max_steps": 3}, **tables})
     folder = JobFolder(tmp_path)
@@ -66,7 +66,9 @@ def policy(tmp_path: Path, record: Path | None = None) -> Iterator[Policy]:
     with served(spec) as (_, client):
         register(client, Role.ROLLOUT)
         member = register(client, Role.POLICY)
-        with Heartbeat(member, activity, StopFlag(), interval=0.05, lost_after=30.0, bounds=BOUNDS) as heartbeat:
+        with Heartbeat(
+            member, activity, StopFlag(), interval=interval, lost_after=30.0, bounds=BOUNDS
+        ) as heartbeat:
             replica = Policy(client, activity, heartbeat, record)
             with replica.recorder:
                 yield replica
@@ -98,6 +100,23 @@ def test_the_next_order_begins_when_the_one_before_has_ended(tmp_path: Path) -> 
             wait_until(lambda again=again: again().ended, "the end of the recording")  # type: ignore[misc]
             wait_until(lambda: replica.heartbeat.recording is None, "the end of the order")
     assert [steps_in(tmp_path / str(number)) for number in (1, 2)] == [[1] * 4, [2] * 4]
+
+
+def test_a_restarted_replica_counts_what_the_one_before_has_written(tmp_path: Path) -> None:
+    folder = tmp_path / "recording"
+    with Recorder(folder) as recorder:
+        for _ in range(7):
+            recorder.append({"x": np.zeros(3)})
+    for end, payloads in ((True, 5), (False, 9)):
+        with policy(tmp_path, interval=1000.0) as replica:
+            order = RecordingOrder(
+                id="a", folder=str(folder), max_bytes=1 << 30, file_bytes=1 << 20, first=2, end=end
+            )
+            replica.heartbeat.recording = order
+            replica.train(1)
+            report = replica.activity.report().recording
+            assert report is not None
+            assert (report.first, report.payloads, report.ended) == (2, payloads, end)
 
 
 def test_a_recording_of_an_order_ends_with_the_replica_and_is_reported(tmp_path: Path) -> None:
