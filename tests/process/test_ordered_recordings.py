@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from job_runner import CLASSES, JobRun, job_settings, running
+from job_runner import CLASSES, job_settings, running
+from node_runner import nodes_running
 from test_recorded_jobs import BATCHES, batches
 from waiting import wait_until
+from watched_runs import WatchedRun
 
 from dray.clock import Deadline
 from dray.errors import ConfigError
@@ -34,7 +36,7 @@ DRAY = (sys.executable, "-m", "dray.cli.app")
 class RecordCommand:
     """A `dray record` of a job."""
 
-    def __init__(self, job: JobRun, folder: Path, *options: str) -> None:
+    def __init__(self, job: WatchedRun, folder: Path, *options: str) -> None:
         words = ["record", str(job.output), str(folder), *options]
         self.process = subprocess.Popen([*DRAY, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.text = ""
@@ -66,7 +68,7 @@ class RecordCommand:
 
 
 @contextmanager
-def recording(job: JobRun, folder: Path, *options: str) -> Iterator[RecordCommand]:
+def recording(job: WatchedRun, folder: Path, *options: str) -> Iterator[RecordCommand]:
     """A command that has ended afterwards."""
     command = RecordCommand(job, folder, *options)
     try:
@@ -79,7 +81,7 @@ def recording(job: JobRun, folder: Path, *options: str) -> Iterator[RecordComman
         command.process.stdout.close()
 
 
-def wait_for_steps(job: JobRun, more: int) -> None:
+def wait_for_steps(job: WatchedRun, more: int) -> None:
     """The job has done so many steps more."""
     goal = job.step() + more
     wait_until(lambda: job.step() >= goal, f"step {goal}", BOUND, pause=0.02, story=job.story)
@@ -219,3 +221,14 @@ def test_a_recording_continues_after_a_restart_of_the_policy(tmp_path: Path) -> 
         assert command.recorded() == len(recorded)
         assert max(recorded) > killed_at
         assert set(range(min(recorded), max(recorded) + 1)) == set(recorded)
+
+
+def test_a_job_on_several_nodes_is_recorded_by_its_output_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "recording"
+    with nodes_running(tmp_path, "stop.at_least=1e9", rollout_nodes=1) as run:
+        run.start()
+        run.wait_for_steps(2)
+        with recording(run, folder, "--payloads", str(3 * BATCH)) as command:
+            assert command.end() == 0, command.text
+        assert command.recorded() == len(Recording(folder)) == 3 * BATCH
+        wait_for_steps(run, 1)

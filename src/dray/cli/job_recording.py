@@ -71,7 +71,8 @@ def record_job(
         file_bytes=file_bytes,
         stop_when_full=stop_when_full,
     )
-    with ControllerClient(url, token, ORDER_SECONDS) as client:
+    # After this process was stopped, too, there is time for an answer that is held back.
+    with ControllerClient(url, token, ORDER_SECONDS, hurried=ORDER_SECONDS) as client:
         try:
             state = _follow(job, client, order, stop)
         except RecordingRefusedError as error:
