@@ -55,8 +55,8 @@ def record(
     The policy replica of a job writes the files, whole training steps at a time; Ctrl-C waits for the end of the
     step. If this command is killed, the recording ends within seconds.
 
-    Exit code 0: the stream or the job has ended, all payloads are there, or Ctrl-C; 1: the disk or the recording is
-    full, or the job does not answer; 2: mistakes, or the job cannot be recorded.
+    Exit code 0: the stream or the job has ended, all payloads are there, or Ctrl-C; 1: the disk or the recording
+    is full, or the job does not answer; 2: mistakes, or the job cannot be recorded.
     """
     if is_job(source):
         for option, value in (("--group", group), ("--scope", scope), ("--secret-file", secret_file)):
