@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from job_runner import CLASSES, job_settings, running
 from node_runner import nodes_running
 from test_recorded_jobs import BATCHES, batches
@@ -100,6 +101,7 @@ def no_recorder_writes(folder: Path) -> bool:
     return True
 
 
+@pytest.mark.timeout(240)  # two jobs and two commands, one after the other
 def test_a_running_job_is_recorded_until_ctrl_c_and_the_recording_gives_another_one_the_same_batches(
     tmp_path: Path,
 ) -> None:
