@@ -1,4 +1,4 @@
-"""`dray record`, `dray replay` and `dray inspect`: payloads of a stream in files, and back."""
+"""`dray record`, `dray replay` and `dray inspect`: payloads of a stream or a job in files, and back."""
 
 from __future__ import annotations
 
@@ -11,24 +11,35 @@ from typing import Annotated
 
 import typer
 
+from dray.cli.job_recording import is_job, record_job
 from dray.errors import ConfigError
 from dray.files import read_private_file
+from dray.jobs.folder import JobFolder
 from dray.text import MAX_LINE, printable
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the recording.")]
 Scope = Annotated[str | None, typer.Option(help="Scope of the stream. Default: that of this session or job.")]
+RECORD_GROUP = "record"
 SecretFile = Annotated[Path | None, typer.Option(help="File with the secret, as hexadecimal digits.")]
 
 
 def record(
-    stream: Annotated[str, typer.Argument(metavar="STREAM", help="Name of a stream, or tcp://HOST:PORT.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="STREAM|OUTPUT",
+            help="Name of a stream, tcp://HOST:PORT, or the output folder of a running job.",
+        ),
+    ],
     folder: Folder,
     group: Annotated[
         str, typer.Option(help="A group of the producers that is for the recording: it gets every payload.")
-    ] = "record",
+    ] = RECORD_GROUP,
     scope: Scope = None,
     secret_file: SecretFile = None,
-    payloads: Annotated[int | None, typer.Option(min=1, help="End after so many payloads.")] = None,
+    payloads: Annotated[
+        int | None, typer.Option(min=1, help="End after so many payloads; of a job, after the step that has them.")
+    ] = None,
     max_bytes: Annotated[int, typer.Option(min=1, help="Bytes that the files may have together.")] = 10 << 30,
     file_bytes: Annotated[int, typer.Option(min=1, help="Bytes that one file has at most.")] = 64 << 20,
     stop_when_full: Annotated[
@@ -36,28 +47,47 @@ def record(
         typer.Option("--stop-when-full", help="End when max-bytes are there. Default: remove the oldest files."),
     ] = False,
 ) -> None:
-    """Write the payloads of a stream to files until the stream ends, or Ctrl-C.
+    """Write the payloads of a stream, or those that a running job trains on, to files, until that ends, or Ctrl-C.
 
     Producers must have the group: Producer(name, groups=["default", "record"]). A payload is acknowledged when it
     is on the disk. A recording that exists is continued.
 
-    Exit code 0: the stream has ended, or Ctrl-C; 1: the disk or the recording is full; 2: mistakes.
+    The policy replica of a job writes the files, whole training steps at a time; Ctrl-C waits for the end of the
+    step. If this command is killed, the recording ends within seconds.
+
+    Exit code 0: the stream or the job has ended, all payloads are there, or Ctrl-C; 1: the disk or the recording
+    is full, or the job does not answer; 2: mistakes, or the job cannot be recorded.
     """
+    if is_job(source):
+        for option, value in (("--group", group), ("--scope", scope), ("--secret-file", secret_file)):
+            if value not in (None, RECORD_GROUP):
+                raise ConfigError(option, str(value), f"an option for streams, and {source} is a job")
+        with stopped_by_signals() as stop:
+            record_job(
+                JobFolder(Path(source)),
+                folder,
+                stop,
+                payloads=payloads,
+                max_bytes=max_bytes,
+                file_bytes=file_bytes,
+                stop_when_full=stop_when_full,
+            )
+        return
     from dray.recording import Recorder
     from dray.recording import record as record_stream
     from dray.streams import Consumer
 
     with (
-        _stopped_by_signals() as stop,
+        stopped_by_signals() as stop,
         Recorder(
             folder,
             max_bytes=max_bytes,
             file_bytes=file_bytes,
             when_full="stop" if stop_when_full else "remove",
-            about={"stream": stream, "group": group},
+            about={"stream": source, "group": group},
         ) as recorder,
         Consumer(
-            stream if "://" not in stream else [stream],
+            source if "://" not in source else [source],
             group=group,
             ack="manual",
             scope=scope,
@@ -99,7 +129,7 @@ def replay(
     if first >= len(recording):
         raise ConfigError("--first", first, f"less than {len(recording)}, the payloads of the recording")
     with (
-        _stopped_by_signals() as stop,
+        stopped_by_signals() as stop,
         Producer(
             stream,
             slots=slots,
@@ -158,7 +188,7 @@ def inspect(
 
 
 @contextmanager
-def _stopped_by_signals() -> Iterator[threading.Event]:
+def stopped_by_signals() -> Iterator[threading.Event]:
     """An event that Ctrl-C and SIGTERM set; a second one ends the command at once."""
     stop = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dray.cli.extras import require_extra
+from dray.clock import Deadline
 from dray.errors import ConfigError
 from dray.files import open_own_folder, read_private_file
 from dray.jobs.folder import JobFolder
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 ANSWER_BOUND = 5.0
 """Seconds within which the controller must answer."""
 
+END_BOUND = 10.0
+"""Seconds within which a job whose controller is gone must have ended."""
+
+_CHECK_INTERVAL = 0.1
 _RUNNING = "*/*/.run/controller.json"
 _ALLOWED = "must be the output folder of a running job"
 
@@ -97,6 +103,16 @@ def is_running(folder: JobFolder) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def ends_soon(folder: JobFolder) -> bool:
+    """Whether the job has ended, or ends within `END_BOUND` seconds, as its controller is gone."""
+    deadline, never = Deadline.after(END_BOUND), threading.Event()
+    while is_running(folder):
+        if deadline.expired:
+            return False
+        never.wait(_CHECK_INTERVAL)
+    return True
 
 
 def read_address(folder: JobFolder) -> tuple[str, str]:

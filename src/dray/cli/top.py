@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from dray.cli.extras import require_extra
-from dray.cli.status import ANSWER_BOUND, find_running, is_running, read_address
-from dray.clock import Deadline
+from dray.cli.status import ANSWER_BOUND, ends_soon, find_running, read_address
 from dray.errors import ConfigError, ControlPlaneError
 from dray.jobs.folder import JobFolder
 from dray.jobs.standard_streams import discard
@@ -33,10 +32,6 @@ if TYPE_CHECKING:
     from dray.jobs.messages.controller_client import ControllerClient
     from dray.jobs.messages.view import JobView
 
-END_BOUND = 10.0
-"""Seconds within which a job whose controller is gone must have ended."""
-
-_CHECK_INTERVAL = 0.1
 _QUIT = b"qQ\x03"
 
 
@@ -77,7 +72,7 @@ def top(
             last = _show(client, console)
         except ControlPlaneError:  # before OSError, which it is
             last = None
-            if not _ends(folder):
+            if not ends_soon(folder):
                 raise
         except OSError as error:
             _end_without_terminal(error)
@@ -206,16 +201,6 @@ def _woken_by_signals() -> Iterator[tuple[int, int]]:
             signal.signal(number, handler)
         os.close(reading)
         os.close(writing)
-
-
-def _ends(folder: JobFolder) -> bool:
-    """Whether the job has ended, or does so soon, as its controller is gone."""
-    deadline, never = Deadline.after(END_BOUND), threading.Event()
-    while is_running(folder):
-        if deadline.expired:
-            return False
-        never.wait(_CHECK_INTERVAL)
-    return True
 
 
 def _ending(folder: JobFolder, last: JobView | None) -> str:

@@ -81,9 +81,13 @@ class Recorder(Closing):
         with output_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.folder)
-            self._files = files.files_in(self.folder)
-            for left in (*self.folder.glob(_PARTIAL), *files.merged_in(self.folder, self._files)):
-                left.unlink(missing_ok=True)  # a recorder was killed
+            try:
+                self._files = files.files_in(self.folder)
+                for left in (*self.folder.glob(_PARTIAL), *files.merged_in(self.folder, self._files)):
+                    left.unlink(missing_ok=True)  # a recorder was killed
+            except BaseException:
+                os.close(self._lock)
+                raise
         self._next = self._files[-1].last + 1 if self._files else 0
 
     def append(self, values: Mapping[str, Any], *, about: Mapping[str, Any] | None = None) -> int:
@@ -109,6 +113,11 @@ class Recorder(Closing):
         self._waiting_bytes += len(image)
         self._waiting_arrays += arrays
         return number
+
+    @property
+    def next_number(self) -> int:
+        """The number of the payload that is written next."""
+        return self._next
 
     def is_full(self, nbytes: int, arrays: int = 1) -> bool:
         """Before a payload of this size is added, what was added is written."""

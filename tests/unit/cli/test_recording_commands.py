@@ -90,6 +90,10 @@ def test_fields_are_shown_with_their_shapes_and_statistics(recording: Path) -> N
         (["replay", "{recording}", "s", "--first", "10"], "less than 10"),
         (["record", "a b", "{recording}2"], "name = 'a b'"),
         (["record", "s", "{recording}", "--secret-file", "none"], "--secret-file"),
+        (["record", "outputs/1", "{recording}"], "must be the output folder of a running job"),
+        (["record", "{recording}", "{recording}"], "must be the output folder of a running job"),
+        (["record", "outputs/1", "{recording}", "--scope", "s"], "--scope = 's'"),
+        (["record", "outputs/1", "{recording}", "--group", "g"], "--group = 'g'"),
     ],
 )
 def test_mistakes_are_one_line_each(recording: Path, arguments: list[str], words: str) -> None:

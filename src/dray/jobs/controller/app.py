@@ -43,8 +43,9 @@ from dray.jobs.controller.page import (
     page_file,
     unauthorised,
 )
+from dray.jobs.controller.recording import ANSWER_SECONDS, JobRecording
 from dray.jobs.controller.stall import StallWatch, job_snapshot
-from dray.jobs.controller.state import Membership, final_phase
+from dray.jobs.controller.state import FIRST_POLICY, Membership, final_phase
 from dray.jobs.controller.viewer import JobViewer
 from dray.jobs.controller.work_queue import WorkQueue, work_item_seed
 from dray.jobs.exit_codes import ExitCode
@@ -52,7 +53,7 @@ from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.log_files import LogFiles, LogLine
 from dray.jobs.messages import models
 from dray.jobs.messages.controller_client import KEEP_ALIVE
-from dray.jobs.messages.models import MembershipError, Phase, Role
+from dray.jobs.messages.models import MembershipError, Phase, RecordingRefusedError, Role
 from dray.jobs.messages.view import MAX_LOG_LINES, MAX_VIEW_WAIT, JobView, NewPageToken, PageToken
 from dray.jobs.process import begin_process, finish_process, set_log_level, shutdown_step
 
@@ -70,7 +71,7 @@ _NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_c
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"model": models.ErrorReply, "description": "the token is missing or wrong"},
-    409: {"model": models.ErrorReply, "description": "the caller is not, or no longer, a member"},
+    409: {"model": models.ErrorReply, "description": "no member, or a recording that is refused"},
     413: {"model": models.ErrorReply, "description": "the body is too large"},
     422: {"model": models.ErrorReply, "description": "the body is malformed"},
 }
@@ -110,6 +111,7 @@ class Controller:
         self._stall = StallWatch(config.timeouts.stall)
         self._viewer = JobViewer(config)
         self._page = PageAccess()
+        self._recording = JobRecording(config, self.membership)
         self.application = self._application()
 
     async def reap_until_final(self) -> None:
@@ -185,6 +187,7 @@ class Controller:
             generate_unique_id_function=lambda route: route.name.lstrip("_"),
             exception_handlers={
                 MembershipError: _not_a_member,
+                RecordingRefusedError: _recording_refused,
                 RequestValidationError: _malformed,
                 400: _malformed,  # FastAPI's for a body that is not JSON
                 413: _too_large,
@@ -212,6 +215,7 @@ class Controller:
         post("/unregister", self._unregister, summary="The last words of a replica.")
         post("/alive", self._alive, summary="The supervisor sees silent replicas run.")
         post("/died", self._died, summary="The supervisor saw a process end.")
+        post("/recording", self._record_job, summary="Record what the job trains on.")
         post("/page-tokens", self._page_token, summary="A new one-time token that opens the page.")
         post("/stop", self._stop, summary="The supervisor ends the job early.")
         return application
@@ -275,16 +279,27 @@ class Controller:
         self.membership.register(body.name, body.role, body.incarnation, body.pid)
         return await self._changed_directive()
 
-    async def _heartbeat(self, body: models.Heartbeat) -> models.Directive:
+    async def _heartbeat(self, body: models.Heartbeat) -> models.HeartbeatReply:
         self.membership.note_request(body.name, body.incarnation, body.progress)
         self.membership.work_items.finished(body.finished)
         self.membership.work_items.finished_parts(body.finished_parts)
+        if body.name == FIRST_POLICY and body.progress.recording is not None:
+            self._recording.note(body.progress.recording)
         directive = await self._changed_directive()
         deadline = Deadline.after(body.until_unread)
         while (directive.readers or not directive.stop) and not deadline.expired:
             await self._wait_for_change(deadline)
             directive = self._directive()
-        return directive
+        order = self._recording.order() if body.name == FIRST_POLICY else None
+        return models.HeartbeatReply(**directive.model_dump(), recording=order)
+
+    async def _record_job(self, body: models.RecordingOrder) -> models.RecordingState:
+        """Answered as soon as the recording has ended, and otherwise after a while: then the caller asks again."""
+        self._recording.follow(body)
+        deadline = Deadline.after(ANSWER_SECONDS)
+        while not (state := self._recording.state()).ended and not deadline.expired:
+            await self._wait_for_change(deadline)
+        return state
 
     async def _work_items(self, body: models.TakeWork) -> models.WorkList:
         membership, work_items = self.membership, self.membership.work_items
@@ -389,6 +404,10 @@ def _refusal(status: int, reply: models.ErrorReply) -> Response:
 
 async def _not_a_member(_: Request, error: Exception) -> Response:
     return _refusal(409, models.ErrorReply(error="not a member", detail=str(error)))
+
+
+async def _recording_refused(_: Request, error: Exception) -> Response:
+    return _refusal(409, models.ErrorReply(error="recording refused", detail=str(error)))
 
 
 async def _malformed(_: Request, error: Exception) -> Response:

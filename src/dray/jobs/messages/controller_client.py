@@ -24,7 +24,7 @@ from dray.errors import ControlPlaneError
 from dray.files import read_private_file
 from dray.forking import descriptor_not_inherited, not_inherited
 from dray.jobs.messages import models
-from dray.jobs.messages.models import MembershipError
+from dray.jobs.messages.models import MembershipError, RecordingRefusedError
 from dray.jobs.messages.view import JobView, NewPageToken, PageToken
 from dray.resources import Closing
 
@@ -109,6 +109,7 @@ class ControllerClient(Closing):
         Raises:
             ControllerLostError: no answer within `timeout` seconds (by default the client's).
             MembershipError: the controller does not count the caller as a member.
+            RecordingRefusedError: the job cannot be recorded, or not now.
             ControlPlaneError: any other refusal.
         """
         deadline = Deadline.after(self._timeout if timeout is None else timeout)
@@ -249,6 +250,8 @@ def _parsed(response: httpcore.Response, reply: type[_Reply], url: str) -> _Repl
     except ValidationError as error:
         message = f"what answers with HTTP {response.status} is not a controller of this version"
         raise ControlPlaneError(message, endpoint=url) from error
-    if response.status == 409:
+    if refusal.error == "not a member":
         raise MembershipError(refusal.detail)
+    if refusal.error == "recording refused":
+        raise RecordingRefusedError(refusal.detail)
     raise ControlPlaneError(f"the controller refuses: {refusal.error} {refusal.detail}", endpoint=url)

@@ -54,6 +54,10 @@ class MembershipError(ControlPlaneError):
     """The controller does not, or no longer, know the caller as a member; the caller must end."""
 
 
+class RecordingRefusedError(ControlPlaneError):
+    """The job cannot be recorded, or not now; the message names what is required."""
+
+
 # --- messages ----------------------------------------------------------------------------------------------------
 
 # Bounds of what one message holds.
@@ -71,6 +75,7 @@ MAX_METRICS = 256  # of the user's trainer
 MAX_METRIC_NAME = 200  # characters
 MAX_WARNINGS = 20
 MAX_WARNING = 500  # characters
+MAX_PATH = 4096  # characters of the path of a folder
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
 Index = Annotated[int, Field(ge=0, lt=2**63)]
@@ -81,6 +86,7 @@ ReportedParts = Annotated[list[tuple[Index, Index, Index]], Field(max_length=MAX
 FigureName = Annotated[str, Field(max_length=MAX_FIGURE_NAME)]
 MetricName = Annotated[str, Field(max_length=MAX_METRIC_NAME)]
 Words = Annotated[str, Field(max_length=MAX_WORDS)]
+OrderId = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class Message(BaseModel):
@@ -134,12 +140,29 @@ class _Trimming:
         }
 
 
+class RecordingReport(Message):
+    """What the policy replica has done about the `RecordingOrder` with this `id`.
+
+    `first` is the number in the recording of the order's first payload, None as long as nothing was opened.
+    `payloads` are on the disk, and `removed` are payloads that made room for them. If the recording has `ended`,
+    everything is on the disk, or `problem` is why not.
+    """
+
+    id: OrderId
+    first: Index | None = None
+    payloads: Index = 0
+    removed: Index = 0
+    ended: bool = False
+    problem: Sentence = ""
+
+
 class ProgressReport(Message):
     """What a replica does, for how many seconds, dray's own figures as `counters`, and words about it as `labels`.
 
     `waits_for` is the member that it waits for, if any; `ages` are those of the oldest payload, lease and
     unacknowledged reference it has, in seconds. `metrics` are the newest values of what the user's `train_step`
-    returned, under the user's names; `warnings` are lines that the user should see.
+    returned, under the user's names; `warnings` are lines that the user should see. `recording` is
+    about the newest order to record that the replica has followed.
 
     What exceeds the bounds is cut or dropped, when a report is made and when one is read; `trimmed` counts it.
     """
@@ -153,6 +176,7 @@ class ProgressReport(Message):
     metrics: Annotated[dict[MetricName, float], Field(max_length=MAX_METRICS)] = {}
     warnings: Annotated[list[Annotated[str, Field(max_length=MAX_WARNING)]], Field(max_length=MAX_WARNINGS)] = []
     trimmed: Annotated[int, Field(ge=0)] = 0
+    recording: RecordingReport | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -270,13 +294,56 @@ class Stop(Message):
     reason: Sentence
 
 
+class RecordingOrder(Message):
+    """``POST /recording``: record what the job trains on from now on into `folder`, which is absolute.
+
+    The caller repeats the order about once a second, and ends it by `end`; an order that is not repeated for some
+    seconds ends as well. A recording with `payloads` ends after the step by which so many are on the disk.
+
+    `first` is for a policy replica that takes the order up from an earlier one: as in `RecordingReport`.
+    """
+
+    id: OrderId
+    folder: Annotated[str, Field(pattern=r"^/", max_length=MAX_PATH)]
+    payloads: Annotated[int, Field(ge=1)] | None = None
+    max_bytes: Annotated[int, Field(ge=1)]
+    file_bytes: Annotated[int, Field(ge=1)]
+    stop_when_full: bool = False
+    end: bool = False
+    first: Index | None = None
+
+
+class RecordingState(Message):
+    """The answer to ``POST /recording``.
+
+    `doing` is what the first policy replica does. `began` is true once the recording is open, and `ended` once
+    nothing more is written: for `problem`, or because the order or the job has ended. `confirmed` is true if the
+    policy replica has reported that; else `payloads` are those of its last report.
+    """
+
+    phase: Phase
+    doing: str
+    began: bool
+    payloads: int
+    removed: int
+    ended: bool
+    confirmed: bool
+    problem: str
+
+
 class Directive(Message):
-    """The answer to register and heartbeat; `readers` are policy replicas that are there to read payloads."""
+    """What most answers have in common; `readers` are policy replicas that are there to read payloads."""
 
     phase: Phase
     stop: bool
     readers: int = 0
     given_up: int = 0
+
+
+class HeartbeatReply(Directive):
+    """The answer to a heartbeat: `recording` is the order that the first policy replica follows."""
+
+    recording: RecordingOrder | None = None
 
 
 class WorkList(Directive):
@@ -348,7 +415,7 @@ class Status(Message):
 class ErrorReply(Message):
     """The body of every answer that is not 200."""
 
-    error: Literal["unauthorised", "not a member", "malformed", "too large"]
+    error: Literal["unauthorised", "not a member", "recording refused", "malformed", "too large"]
     detail: str = ""
 
 

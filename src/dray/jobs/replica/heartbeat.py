@@ -133,6 +133,7 @@ class Activity:
         self._labels: dict[str, str] = {}
         self._metrics: dict[str, float] = {}
         self._warnings: list[str] = []
+        self._recording: models.RecordingReport | None = None
 
     def doing(self, what: str) -> None:
         """From now on the replica does `what`."""
@@ -190,6 +191,11 @@ class Activity:
             if len(self._warnings) < models.MAX_WARNINGS:
                 self._warnings.append(line)
 
+    def show_recording(self, report: models.RecordingReport) -> None:
+        """Report on the newest order to record."""
+        with self._lock:
+            self._recording = report
+
     def report(self) -> models.ProgressReport:
         """Everything as it is now."""
         with self._lock:
@@ -202,6 +208,7 @@ class Activity:
                 ages={kind: age for kind, age in self._ages().items() if age is not None},
                 metrics=dict(self._metrics),
                 warnings=list(self._warnings),
+                recording=self._recording,
             )
 
 
@@ -217,6 +224,7 @@ class Heartbeat(Closing):
         over_at: since when the job ends, on the clock of this process: the controller has answered so, or does not
             answer while the replica is to end. `unread` is set as well if the controller is gone.
         given_up: how many work items of the job were given up so far.
+        recording: the newest order to record; only the first policy replica gets one.
     """
 
     def __init__(
@@ -231,6 +239,7 @@ class Heartbeat(Closing):
     ) -> None:
         self.over_at: float | None = None
         self.given_up = 0
+        self.recording: models.RecordingOrder | None = None
         self.job_over = threading.Event()
         self.unread = threading.Event()
         self._watching_readers = False
@@ -274,6 +283,10 @@ class Heartbeat(Closing):
         with self._lock:
             self._finished.extend(index for index, _, parts in found if parts == 1)
             self._finished_parts.extend(each for each in found if each[2] > 1)
+        self._wake.set()
+
+    def report_now(self) -> None:
+        """Report at once, and not only in intervals."""
         self._wake.set()
 
     def watch_readers(self) -> None:
@@ -345,7 +358,7 @@ class Heartbeat(Closing):
             answer = self._member.post(
                 "/heartbeat",
                 models.Heartbeat,
-                models.Directive,
+                models.HeartbeatReply,
                 self._attempt,
                 progress=self._activity.report(),
                 finished=finished,
@@ -358,6 +371,7 @@ class Heartbeat(Closing):
                 self._finished_parts[:0] = parts
             raise
         self.given_up = answer.given_up
+        self.recording = answer.recording
         self.follow(answer)
         if answer.stop and not answer.readers:
             self.unread.set()

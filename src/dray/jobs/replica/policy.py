@@ -9,15 +9,15 @@ import logging
 import math
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from dray.clock import MONOTONIC, Stopwatch
-from dray.errors import ControlPlaneError, OutputError
+from dray.errors import ControlPlaneError
 from dray.jobs.api import PolicyGroup, PolicyTrainer, Trajectory
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import finite
@@ -39,6 +39,7 @@ from dray.jobs.replica.entry_points import load_entry_point
 from dray.jobs.replica.metrics import MEAN_RETURN, MetricsLog, StopCondition, StopMetricError
 from dray.jobs.replica.ranks import Batch, KeptArrays, Ranks, RankWorker
 from dray.jobs.replica.read_ahead import ReadAhead
+from dray.jobs.replica.recording import TrainingRecorder
 from dray.jobs.replica.stages import PayloadStages, Stage
 from dray.jobs.replica.transfer import TrajectoryReader, WeightsPublisher, policy_ends, rank_reader
 from dray.jobs.replica.user_code import (
@@ -52,7 +53,6 @@ from dray.jobs.replica.user_code import (
 )
 from dray.payload import Ragged
 from dray.payload.trajectory import REWARDS
-from dray.recording import Recorder
 from dray.text import printable
 
 _LOG = logging.getLogger("dray.jobs.replica.policy")
@@ -101,8 +101,8 @@ def work(restarts: int, descriptors: Sequence[int], replica: Replica) -> ExitCod
         stages = PayloadStages(replica.stages)
         trajectories, weights = opened.enter_context(policy_ends(replica, stages.freed))
         log = opened.enter_context(MetricsLog(replica.spec.folder.metrics))
-        record = config.policy.record
-        recorder = None if record is None else opened.enter_context(Recorder(replica.spec.folder.root / record))
+        record = None if config.policy.record is None else replica.spec.folder.root / config.policy.record
+        recorder = opened.enter_context(TrainingRecorder(record, replica.activity, replica.heartbeat))
         return Training(replica, trainer, ranks, trajectories, weights, log, recorder, stages).run(
             may_load=replica.spec.resume or restarts > 0
         )
@@ -131,7 +131,7 @@ class Training:
         reader: TrajectoryReader,
         weights: WeightsPublisher,
         log: MetricsLog,
-        recorder: Recorder | None,
+        recorder: TrainingRecorder,
         stages: PayloadStages,
     ) -> None:
         self._replica = replica
@@ -264,6 +264,7 @@ class Training:
         ) as self._ahead:
             stop.on_set(self._ahead.wake)
             while not solved and not stop.is_set and self._step < self._config.job.max_steps:
+                self._recorder.follow_order()
                 batch = self._collect()
                 if batch is None:
                     break
@@ -283,6 +284,7 @@ class Training:
             if not self._replica.stop.is_set:
                 self._weights.restore()
                 self._kept.check()
+                self._recorder.follow_order()
 
         while (batch := self._ahead.wait(show, on_slice)) is not None:
             reading = Stopwatch()
@@ -306,8 +308,7 @@ class Training:
         mean_return = _mean_return(trajectories)
         self._ranks.train(batch, self._ahead.known())
         self._kept.lend(trajectories)
-        with self._recording():
-            self._add_to_recording(trajectories)
+        self._recorder.add(trajectories, self._step + 1)
         metrics = self._train_step(trajectories)
         if self._config.policy.replicas > 1:
             activity.waits("the end of their training step", "the other policy replicas")
@@ -328,9 +329,7 @@ class Training:
             self._record(batch, metrics, mean_return, ages, trained - began)
             raise
         self._record(batch, metrics, mean_return, ages, trained - began)
-        with self._recording():
-            if self._recorder is not None:
-                self._recorder.flush()
+        self._recorder.flush()
         self._deliveries.freed(frozenset(self._reader.unfreed()))
         activity.show_all(self._deliveries.statistics())
         self._publish_weights()
@@ -339,28 +338,6 @@ class Training:
         if self._stop_condition.remark:
             activity.warn(self._stop_condition.remark)
         return solved
-
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
-        """The job continues without a recording that cannot be written."""
-        try:
-            yield
-        except OutputError as error:
-            self._replica.activity.warn(f"nothing more is recorded, from step {self._step}: {error}")
-            self._recorder = None
-
-    def _add_to_recording(self, trajectories: Sequence[Trajectory]) -> None:
-        """As they are before the trainer gets them. Written when their step is committed."""
-        if self._recorder is None:
-            return
-        for each in trajectories:
-            about = {
-                "step": self._step + 1,
-                "work_item": each.work_item,
-                "weight_version": each.weight_version,
-                "metadata": dict(each.metadata),
-            }
-            self._recorder.append(each.arrays, about=about)
 
     def _train_step(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         try:

@@ -235,7 +235,7 @@ def test_status_and_metrics_show_what_replicas_do(spec: JobSpec) -> None:
         await start(call)
         await call("/heartbeat", {**ROLLOUT, "progress": PROGRESS})
         status = (await call("/status")).json()
-        assert status["members"][0]["progress"] == {**PROGRESS, "trimmed": 0}
+        assert status["members"][0]["progress"] == {**PROGRESS, "trimmed": 0, "recording": None}
         metrics = (await call("/metrics")).text
         assert 'dray_job_phase{job="small",phase="running"} 1.0' in metrics
         assert 'dray_published_payloads_total{job="small",replica="rollout-0"} 3.0' in metrics
@@ -357,6 +357,7 @@ def test_draining_replica_is_notified_at_once_that_no_reader_is_left(spec: JobSp
             "stop": True,
             "readers": 0,
             "given_up": 0,
+            "recording": None,
         }
         # And when a policy replica stays, the wait has its bound.
         answer = await call("/heartbeat", {**draining, "until_unread": 0.05})

@@ -119,7 +119,7 @@ def test_browser_with_a_token_sees_the_page_and_nothing_else_of_the_controller(t
             assert spec.token not in answer.text
         for path in ("/status", "/metrics", "/openapi.json"):
             assert (await client.get(path)).status_code == 401
-        for path in ("/stop", "/page-tokens", "/", "/view"):
+        for path in ("/stop", "/recording", "/page-tokens", "/", "/view"):
             assert (await client.post(path, json={"reason": "x"})).status_code == 401
 
     ask(tmp_path, requests)

@@ -199,7 +199,7 @@ class Controller:
     def post(self, path: str, body: Any, reply: Any, timeout: float | None = None, **fields: Any) -> Any:
         body(name="rollout-0", incarnation="a", **fields)
         if path != "/work-items":
-            return models.Directive(phase=Phase.RUNNING, stop=False)
+            return reply(phase=Phase.RUNNING, stop=False)
         if self.gone:
             raise ControllerLostError("gone")
         self.asked.append(fields)
