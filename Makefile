@@ -10,7 +10,7 @@ SHELL := /bin/sh
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-WORKERS ?= $(shell expr 2 \* $$(nproc))
+WORKERS ?= $(shell expr 1 + $$(nproc))
 ENDURANCE_ARGS ?=
 SLURM_TEST_ARGS ?=
 BENCH_ARGS ?=
@@ -33,7 +33,8 @@ FLOOD_ARGS ?=
 JOBS_ARGS ?=
 
 BIN := .venv/bin
-# Most tests wait most of the time. A few tests are sent at a time, as some take a hundred times as long as others.
+# One more than there are cores keeps them busy. A few tests are sent at a time, as some take a hundred times as long as
+# others.
 PARALLEL := -n $(WORKERS) --maxschedchunk 4
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 

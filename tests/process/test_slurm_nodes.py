@@ -34,7 +34,7 @@ def test_job_on_three_nodes_is_solved(tmp_path: Path) -> None:
 
 
 def test_job_continues_when_a_rollout_node_dies(tmp_path: Path) -> None:
-    settings = ("stop.at_least=100", "policy.args.pause=0.02", "policy.args.repeats=true")
+    settings = ("stop.at_least=40", "policy.args.pause=0.05", "policy.args.repeats=true")
     with nodes_running(tmp_path, *settings) as run:
         run.start()
         run.wait_for_steps(3)
@@ -89,7 +89,7 @@ def test_policy_on_two_nodes_trains_in_step(tmp_path: Path) -> None:
 @pytest.mark.measured
 def test_lost_policy_node_ends_the_attempt_and_the_next_resumes_from_the_checkpoint(tmp_path: Path) -> None:
     settings = (
-        "policy.replicas=2", "policy.readers=2", "policy.checkpoint_every=3", "stop.at_least=100",
+        "policy.replicas=2", "policy.readers=2", "policy.checkpoint_every=3", "stop.at_least=40",
         "policy.args.pause=0.05", "policy.args.restarts=true", "rollout.args.restarts=true",
         "policy.args.repeats=true",
     )  # fmt: skip
@@ -109,7 +109,7 @@ def test_lost_policy_node_ends_the_attempt_and_the_next_resumes_from_the_checkpo
 
 def test_policy_on_one_node_is_restarted_in_place(tmp_path: Path) -> None:
     settings = (
-        "policy.checkpoint_every=3", "stop.at_least=100", "policy.args.pause=0.05",
+        "policy.checkpoint_every=3", "stop.at_least=40", "policy.args.pause=0.05",
         "policy.args.restarts=true", "rollout.args.restarts=true", "policy.args.repeats=true",
     )  # fmt: skip
     with nodes_running(tmp_path, *settings, rollout_nodes=1) as run:
@@ -122,14 +122,14 @@ def test_policy_on_one_node_is_restarted_in_place(tmp_path: Path) -> None:
 
 
 def test_time_limit_leaves_a_checkpoint_that_the_next_part_resumes_from(tmp_path: Path) -> None:
-    with nodes_running(tmp_path, "stop.at_least=100", "policy.args.pause=0.05") as run:
+    with nodes_running(tmp_path, "stop.at_least=40", "policy.args.pause=0.05") as run:
         run.start()
         run.wait_for_steps(5)
         run.tasks[1].send_signal(signal.SIGUSR2)
         assert run.end(bound=30.0) == [140, 0, 0], run.story()
         assert "the time limit is near" in run.log("n1.out")
         step = run.checkpoint()["step"]
-        assert 5 <= step < 100
+        assert 5 <= step < 40
         run.start(part=2)
         assert run.end() == [0, 0, 0], run.story()
         assert f"resuming from step {step}" in run.log("policy-0.log")
@@ -164,7 +164,7 @@ def test_hanging_replica_is_killed_in_time_when_the_head_dies(tmp_path: Path) ->
 
 
 def test_replicas_of_a_killed_node_supervisor_go_with_it(tmp_path: Path) -> None:
-    with nodes_running(tmp_path, "stop.at_least=100", "policy.args.pause=0.02", "policy.args.repeats=true") as run:
+    with nodes_running(tmp_path, "stop.at_least=40", "policy.args.pause=0.05", "policy.args.repeats=true") as run:
         run.start()
         run.wait_for_steps(3)
         run.tasks[3].kill()
