@@ -1,9 +1,13 @@
-"""System calls that the kernel refuses, as a sandbox does: for a process that a test starts."""
+"""What the kernel refuses: system calls, as in a sandbox, for a process that a test starts, and descriptors."""
 
+import contextlib
 import ctypes
 import errno
+import os
 import platform
+import resource
 import struct
+from collections.abc import Iterator
 
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_SET_SECCOMP = 22
@@ -49,3 +53,16 @@ def forbid(*names: str, code: int = errno.EPERM) -> None:
     for arguments in ((_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, filter_, 0, 0)):
         if libc.prctl(*arguments) != 0:
             raise OSError(ctypes.get_errno(), "prctl")
+
+
+@contextlib.contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    """This process cannot open another descriptor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

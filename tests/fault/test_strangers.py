@@ -3,13 +3,12 @@
 import contextlib
 import errno
 import gc
-import os
-import resource
 import socket
 import tracemalloc
 from collections.abc import Iterator
 
 import pytest
+from forbidding import no_more_descriptors
 from simulation import ManualClock
 from transport_fixtures import Child, counted, endpoint_of, reference, serving
 from waiting import wait_until
@@ -192,11 +191,5 @@ send("closed")
 
 def test_a_ucx_server_ends_when_no_descriptor_is_left() -> None:
     with serving("ucx") as server:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        lowest_free = os.dup(0)
-        os.close(lowest_free)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
-        try:
+        with no_more_descriptors():
             server.close()
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

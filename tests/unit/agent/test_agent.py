@@ -5,7 +5,6 @@ import contextlib
 import functools
 import logging
 import os
-import resource
 import select
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from agent_fixtures import answer_to, client_of, owner, put, running_agent
+from forbidding import no_more_descriptors
 from transport_fixtures import Child, pattern, reference
 from waiting import wait_until
 
@@ -37,18 +37,6 @@ def connected(to: Agent) -> Iterator[socket.socket]:
         raw.settimeout(20)
         raw.connect(str(to.path))
         yield raw
-
-
-@contextlib.contextmanager
-def no_descriptor_left() -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest_free = os.dup(0)
-    os.close(lowest_free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # --- limits -----------------------------------------------------------------------------------------------------
@@ -254,7 +242,7 @@ def test_an_agent_without_descriptors_loses_what_an_owner_leaves_and_continues(
         put(child, 1)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as waiting:
             waiting.settimeout(20)
-            with no_descriptor_left():
+            with no_more_descriptors():
                 waiting.connect(str(running.path))
                 wait_until(lambda: "could not be accepted" in caplog.text, "the connection to be noticed")
                 child.kill()

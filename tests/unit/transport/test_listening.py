@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import socket
 import tempfile
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forbidding import no_more_descriptors
 from forked_child import run_in_child
 from transport_fixtures import counted, endpoint_of, serving
 from waiting import wait_until
@@ -113,19 +113,6 @@ def test_a_process_of_another_user_is_not_served() -> None:
         # The server closes the connection first, then counts.
         wait_until(lambda: counted(server, "auth_failures") == 1, "the refusal to be counted")
         assert bytes(client.read_bytes(ref)) == b"payload"
-
-
-@contextlib.contextmanager
-def no_more_descriptors() -> Iterator[None]:
-    """This process cannot open another descriptor."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest_free = os.dup(0)
-    os.close(lowest_free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("closed_meanwhile", [False, True])

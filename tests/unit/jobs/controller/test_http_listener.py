@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import os
-import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import uvicorn
+from forbidding import no_more_descriptors
 from waiting import wait_until
 
 from dray.admission import ACCEPT_FAILURES, MAX_UNPROVEN, UNPROVEN_CLOSED, Unproven
@@ -150,16 +149,10 @@ def test_requests_that_are_not_http_are_few_lines(
 def test_a_controller_without_descriptors_accepts_later_and_does_not_spin(
     served: Served, strangers: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with socket.socket() as sock:
-        lowest_free = os.dup(0)
-        os.close(lowest_free)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
-        try:
+        with no_more_descriptors():
             sock.connect(served.address)
             wait_until(lambda: served.counted(ACCEPT_FAILURES), "the failure to accept")
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         sock.settimeout(10)
         assert sock.recv(1000).startswith(b"HTTP/1.1 200")

@@ -1,8 +1,6 @@
 """The head's end of connections between nodes, over real sockets."""
 
 import json
-import os
-import resource
 import select
 import selectors
 import signal
@@ -14,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from forbidding import no_more_descriptors
 from waiting import wait_until
 
 from dray.admission import MAX_UNPROVEN, Unproven
@@ -303,16 +302,10 @@ def test_head_without_descriptors_accepts_later_and_does_not_spin(
 
     with head_of(tmp_path) as head, socket.socket() as early:
         address = head.address
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        lowest_free = os.dup(0)
-        os.close(lowest_free)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
-        try:
+        with no_more_descriptors():
             early.connect(address)
             head.until(failures, "the failure to accept")
             assert head.selector.select(0) == []
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         head.until(lambda: select.select([early], [], [], 0)[0], "the nonce")
         assert len(failures()) == 1
         head.channel().close()
