@@ -35,7 +35,7 @@ from dray.private_directory import MAX_SOCKET_PATH
 from dray.resources import Closing, needing
 from dray.ring.consumer_events import Bell, Descriptor
 from dray.ring.inherited import FOR_HEIR
-from dray.transport.lanes.socket import NO_SIGNAL
+from dray.transport.lanes.socket import NO_SIGNAL, received_descriptors
 
 MAX_RINGS: Final = 1024
 """Rings that are registered, or inherited, at a time."""
@@ -386,8 +386,6 @@ def _receive(connection: socket.socket, descriptors: list[Descriptor]) -> bytes 
         return None
     except OSError:  # it has failed
         return b""
-    for _, _, data in ancillary:  # descriptors alone: the socket asks the kernel for nothing else
-        whole = len(data) - len(data) % _INT.size
-        numbers = [number for (number,) in _INT.iter_unpack(data[:whole])]
-        descriptors += [Descriptor(numbers.pop, 0) for _ in range(len(numbers))]
+    numbers = received_descriptors(ancillary)
+    descriptors += [Descriptor(numbers.pop, 0) for _ in range(len(numbers))]
     return message

@@ -305,10 +305,10 @@ class UnixStream(SocketStream):
                 # The kernel drops descriptors if the receiver has no free numbers for them.
                 exhausted = descriptors_exhausted("the descriptors of shared memory")
                 raise exhausted or MessageTruncated("not all descriptors of shared memory came with the handshake")
-            found = _descriptors(ancillary)
+            found = received_descriptors(ancillary)
         except BaseException as error:
             for _, ancillary, _, _ in received:
-                for descriptor in _descriptors(ancillary):
+                for descriptor in received_descriptors(ancillary):
                     os.close(descriptor)
             if received or not isinstance(error, OSError):
                 raise
@@ -320,8 +320,8 @@ class UnixStream(SocketStream):
         return message
 
 
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    """The descriptors that came with a message."""
+def received_descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors that came with a message of a Unix socket. They are the caller's to close."""
     found: list[int] = []
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
