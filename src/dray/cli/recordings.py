@@ -59,8 +59,13 @@ def record(
     is full, or the job does not answer; 2: mistakes, or the job cannot be recorded.
     """
     if is_job(source):
-        for option, value in (("--group", group), ("--scope", scope), ("--secret-file", secret_file)):
-            if value not in (None, RECORD_GROUP):
+        of_streams = (
+            ("--group", group, RECORD_GROUP),
+            ("--scope", scope, None),
+            ("--secret-file", secret_file, None),
+        )
+        for option, value, default in of_streams:
+            if value != default:
                 raise ConfigError(option, str(value), f"an option for streams, and {source} is a job")
         with stopped_by_signals() as stop:
             record_job(

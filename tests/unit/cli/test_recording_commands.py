@@ -93,6 +93,7 @@ def test_fields_are_shown_with_their_shapes_and_statistics(recording: Path) -> N
         (["record", "outputs/1", "{recording}"], "must be the output folder of a running job"),
         (["record", "{recording}", "{recording}"], "must be the output folder of a running job"),
         (["record", "outputs/1", "{recording}", "--scope", "s"], "--scope = 's'"),
+        (["record", "outputs/1", "{recording}", "--scope", "record"], "--scope = 'record'"),
         (["record", "outputs/1", "{recording}", "--group", "g"], "--group = 'g'"),
     ],
 )
