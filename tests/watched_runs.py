@@ -78,6 +78,22 @@ class WatchedRun:
         """Wait for what files and processes of the run show."""
         wait_until(condition, awaited, bound, pause=0.02, story=self._story_with_stacks)
 
+    def rollout_with_payloads(self, count: int) -> psutil.Process:
+        """A rollout replica that has at least `count` payloads in its ring, once there is one.
+
+        It still has some when the caller kills it, if the policy takes longer for so many than a heartbeat.
+        """
+        found: list[int] = []
+
+        def one_has() -> bool:
+            members = client.status().members
+            found[:] = [each.pid for each in members if each.progress.count("ring_used_slots") >= count]
+            return bool(found)
+
+        with self.controller() as client:
+            self.wait_until(one_has, f"a rollout replica with {count} payloads in its ring")
+        return psutil.Process(found[0])
+
     def kill_all(self, bound: float = 10.0) -> None:
         """Kill what runs of it, also what was just being started; it has ended when this returns."""
 

@@ -149,7 +149,7 @@ SLOW_POLICY = (
 def test_h1_payloads_of_a_killed_rollout_replica_are_trained_on(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings(*SLOW_POLICY)) as job:
         job.wait_for("  step ")
-        job.processes("dray.jobs.replica.rollout")[0].kill()
+        job.rollout_with_payloads(12).kill()
         assert job.end() == 0, job.story()
         kept = re.findall(r"has died; (\d+) payloads \(\d+ bytes\) are kept", job.log("supervisor"))
         assert sum(map(int, kept)) >= 1, job.story()
@@ -160,7 +160,7 @@ def test_h1_payloads_of_a_killed_rollout_replica_are_trained_on(tmp_path: Path) 
 def test_r13_lost_rollouts_are_counted_and_training_continues(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings(*SLOW_POLICY, "agent.memory=0")) as job:
         job.wait_for("  step ")
-        job.processes("dray.jobs.replica.rollout")[0].kill()
+        job.rollout_with_payloads(12).kill()
         assert job.end() == 0, job.story()
         summary = job.summary()
         assert summary["lost"] >= 1

@@ -48,17 +48,17 @@ def test_job_continues_when_a_rollout_node_dies(tmp_path: Path) -> None:
 @pytest.mark.skipif(bool(direct_problem()), reason=direct_problem() or "-")
 def test_h1_payloads_of_a_killed_rollout_replica_come_from_the_heir_on_its_node(tmp_path: Path) -> None:
     settings = (
-        "stop.at_least=8", "policy.args.pause=0.3", "policy.args.repeats=true", "rollout.work_items_in_flight=32",
+        "stop.at_least=12", "policy.args.pause=0.3", "policy.args.repeats=true", "rollout.work_items_in_flight=32",
     )  # fmt: skip
     with nodes_running(tmp_path, *settings, rollout_nodes=1) as run:
         run.start()
         run.wait_for_steps(1)
-        run.processes("dray.jobs.replica.rollout", node=2)[0].kill()
+        run.rollout_with_payloads(12).kill()
         assert run.end() == [0, 0], run.story()
         summary, kept = run.summary(), re.findall(r"has died; (\d+) payloads", run.log("n2.out"))
         assert sum(each.startswith("dead: killed by signal 9") for each in summary["replicas"].values()) == 1
         assert summary["lost"] == summary["delivery"]["discarded"] == 0, run.story()
-        assert summary["payloads"] == 8 * 8
+        assert summary["payloads"] == 12 * 8
         heirs = summary["heirs"]
         assert heirs["payloads"] == int(kept[0]) == heirs["consumed"] + heirs["left"], run.story()
         assert heirs["consumed"] >= 1, run.story()
