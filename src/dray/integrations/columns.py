@@ -45,6 +45,16 @@ def value_of(stored: Any) -> Any:
     return stored["bytes"].tobytes() if "bytes" in stored else stored["value"]
 
 
+def columns_of(data: TensorDict) -> dict[str, Array] | None:
+    """The columns of a TensorDict that has dense ones only: arrays that share its memory. None for another."""
+    columns: dict[str, Array] = {}
+    for name, column in data.items():
+        if not isinstance(column, torch.Tensor) or column.is_nested:
+            return None
+        columns[str(name)] = to_numpy(column)
+    return columns
+
+
 def rows_of(data: TensorDict) -> list[dict[str, Any]]:
     """The rows of a TensorDict: arrays that share its memory, and other values."""
     names = list(map(str, data.keys()))

@@ -17,11 +17,14 @@ from __future__ import annotations
 import atexit
 import base64
 import functools
+import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -39,12 +42,13 @@ from dray.errors import (
 )
 from dray.forking import call_in_children, here
 from dray.identifiers import MAX_READERS, PRODUCER_ID_BYTES
-from dray.payload import PackPlan, Ragged, Selection, Values, plan, unpack
+from dray.payload import Array, Ragged, Selection, Values, plan, unpack
+from dray.payload.codec import plan_rows
 from dray.payload.ragged import map_arrays
 from dray.payload.selection import Fields, Rows
 from dray.protocol import PayloadRef
 from dray.resources import Closing
-from dray.ring import SharedRingBuffer
+from dray.ring import SharedRingBuffer, SlotWriter
 from dray.ring.layout import checked_int
 from dray.streams.addresses import ListenOn
 from dray.text import printable_value
@@ -58,6 +62,10 @@ _ADDRESS_SPACE: Final = 1 << 41
 """Bytes of address space for the slots, which a reader maps for each store that it reads from."""
 
 _VERSION: Final = b"\x01"
+
+_MAX_COPY_THREADS: Final = 4
+_COPY_BYTES: Final = 8 << 20
+"""Bytes that a thread copies at least: it takes far longer than to start one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +83,7 @@ class Token:
     def encode(self) -> str:
         """The text: letters, digits and ``-_.``"""
         ref = self.ref
-        prefix = _prefix(ref.producer, ref.endpoints)
-        return f"{prefix}.{ref.slot:x}.{ref.sequence:x}.{ref.nbytes:x}.{self.fields:x}"
+        return _text(_prefix(ref.producer, ref.endpoints), (ref.slot, ref.sequence, ref.nbytes, self.fields))
 
     @classmethod
     def decode(cls, text: str) -> Token:
@@ -211,41 +218,90 @@ class PayloadStore(Closing):
         Raises:
             PayloadError, StoreFullError, BufferClosedError: as for `put`.
         """
-        deadline = Deadline.after(self.put_timeout if timeout is None else timeout)
         planned = [(plan(values), len(values)) for values in mappings]
-        wanted = sum(each.nbytes for each, _ in planned)
+
+        def write(writers: Sequence[SlotWriter]) -> None:
+            for (each, _), writer in zip(planned, writers, strict=True):
+                each.write(writer.buffer)
+
+        return self._put([each.nbytes for each, _ in planned], [fields for _, fields in planned], write, timeout)
+
+    def put_rows(self, columns: Mapping[str, Array], *, timeout: float | None = None) -> list[str]:
+        """`put_many` of the rows of arrays: a payload for each index of their first dimension.
+
+        Whole columns are copied, by several threads if they are large.
+
+        Args:
+            columns: arrays of one length, by name.
+            timeout: seconds for all rows together; see `put`.
+
+        Raises:
+            PayloadError, StoreFullError, BufferClosedError: as for `put`.
+        """
+        rows = plan_rows(columns)
+        ring, _ = self._opened()
+
+        def write(writers: Sequence[SlotWriter]) -> None:
+            def write_part(part: range) -> None:
+                first = part.start
+                for memory in ring.memory_of(writers[part.start : part.stop]):
+                    rows.write(memory, first)
+                    first += len(memory)
+
+            parts = _parts(rows.count, rows.count * rows.nbytes)
+            if len(parts) == 1:
+                write_part(parts[0])
+                return
+            with ThreadPoolExecutor(len(parts), "dray-copy") as threads:
+                list(threads.map(write_part, parts))
+
+        return self._put([rows.nbytes] * rows.count, [len(columns)] * rows.count, write, timeout)
+
+    def _put(
+        self,
+        sizes: Sequence[int],
+        fields: Sequence[int],
+        write: Callable[[Sequence[SlotWriter]], None],
+        timeout: float | None,
+    ) -> list[str]:
+        """Have `write` fill slots for payloads of these sizes and numbers of fields; returns their tokens."""
+        deadline = Deadline.after(self.put_timeout if timeout is None else timeout)
+        wanted = sum(sizes)
         ring, server = self._opened()
         if wanted > self.capacity_bytes:
-            self._check_sizes(planned)
+            self._check_sizes(sizes)
             raise self._full(
-                ring, f"{wanted} bytes in {len(planned)} payloads can never be in the store together", 0.0
+                ring, f"{wanted} bytes in {len(sizes)} payloads can never be in the store together", 0.0
             )
-        done: list[tuple[int, int, int]] = []
-        tokens: list[str] = []
+        writers: list[SlotWriter] = []
         try:
-            for each, fields in planned:
-                nbytes = each.nbytes
-                with ring.claim(nbytes, max(0.0, deadline.remaining)) as slot:
-                    each.write(slot.buffer)
-                    slot.commit()
-                done.append((slot.slot, slot.sequence, self.reader))
-                tokens.append(Token(server.ref(slot.slot, slot.sequence, nbytes), fields).encode())
+            for nbytes in sizes:
+                writers.append(ring.claim(nbytes, max(0.0, deadline.remaining)))
+            if len(set(sizes)) == 1:  # any payload fits into any of the slots, and neighbors are copied together
+                writers.sort(key=lambda each: each.slot)
+            write(writers)
+            for each in writers:
+                each.commit()
         except BaseException as error:
-            for slot_index, sequence, _ in done:
-                ring.consume_many([(slot_index, sequence, reader) for reader in range(self.readers)])
+            for each in writers:
+                each.withdraw()
             if isinstance(error, PayloadTooLargeError):
-                self._check_sizes(planned)
+                self._check_sizes(sizes)
             if isinstance(error, BufferFullError):
                 raise self._full(
-                    ring, f"no room for {wanted} bytes in {len(planned)} payloads", deadline.elapsed
+                    ring, f"no room for {wanted} bytes in {len(sizes)} payloads", deadline.elapsed
                 ) from error
             raise
-        self._counters.add("put", len(planned))
+        self._counters.add("put", len(sizes))
         self._counters.add("put_bytes", wanted)
-        return tokens
+        prefix = _prefix(ring.producer_id, server.ref(0, 0, 0).endpoints)
+        return [
+            _text(prefix, (each.slot, each.sequence, each.nbytes, count))
+            for each, count in zip(writers, fields, strict=True)
+        ]
 
-    def _check_sizes(self, planned: Iterable[tuple[PackPlan, int]]) -> None:
-        largest = max(each.nbytes for each, _ in planned)
+    def _check_sizes(self, sizes: Iterable[int]) -> None:
+        largest = max(sizes)
         if largest > self.payload_bytes:
             raise PayloadTooLargeError(
                 f"a payload of {largest} bytes; payload_bytes = {self.payload_bytes} allows no larger one "
@@ -502,7 +558,20 @@ def _begin_in_child() -> None:
 call_in_children(_begin_in_child)
 
 
+def _parts(rows: int, nbytes: int) -> list[range]:
+    """The rows that each thread copies, so that it has enough to do; one range if the caller does."""
+    processors = len(os.sched_getaffinity(0))
+    count = max(1, min(_MAX_COPY_THREADS, processors, rows, nbytes // _COPY_BYTES))
+    bounds = [rows * part // count for part in range(count + 1)]
+    return [range(*each) for each in pairwise(bounds)]
+
+
 # --- tokens -----------------------------------------------------------------------------------------------------
+
+
+def _text(prefix: str, numbers: tuple[int, int, int, int]) -> str:
+    """The text of a token: its numbers are the slot, the sequence number, the bytes and the number of fields."""
+    return "{}.{:x}.{:x}.{:x}.{:x}".format(prefix, *numbers)
 
 
 @functools.lru_cache(1024)

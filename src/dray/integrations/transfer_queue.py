@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dray.errors import ConfigError, MissingDependencyError
-from dray.integrations.columns import Column, reads, rows_of, value_of, wrapped
+from dray.integrations.columns import Column, columns_of, reads, rows_of, value_of, wrapped
 from dray.integrations.store import PayloadStore
 from dray.name_resolution import bracketed
 from dray.payload.torch_interop import is_tensor
@@ -204,17 +204,24 @@ class DrayStorageManager(KVStorageManager):
             return
         loop = asyncio.get_running_loop()
         store = self.storage_client.store
-        tokens = await loop.run_in_executor(None, lambda: store.put_many(rows_of(data)))
-        names = list(data.keys())
+        tokens = await loop.run_in_executor(None, self._stored, data)
+        names = list(map(str, data.keys()))
+        by_sample: dict[int, dict[str, str]] = {}
         replaced: dict[tuple[Any, ...], list[str]] = {}
-        for token, kept in zip(tokens, metadata._custom_backend_meta, strict=True):  # noqa: SLF001
-            for old in {kept[name] for name in names if name in kept}:
+        for index, token, kept in zip(indexes, tokens, metadata._custom_backend_meta, strict=True):  # noqa: SLF001
+            for old in {kept[name] for name in names if name in kept} if kept else ():
                 replaced.setdefault(tuple(name for name in names if kept.get(name) == old), []).append(old)
-            kept.update(dict.fromkeys(names, token))
-        by_sample = {index: dict.fromkeys(names, token) for index, token in zip(indexes, tokens, strict=True)}
+            by_sample[index] = dict.fromkeys(names, token)
+            kept.update(by_sample[index])
         await self.notify_data_update(metadata.partition_ids[0], indexes, extract_field_schema(data), by_sample)
         for fields, old_tokens in replaced.items():
             await loop.run_in_executor(None, partial(store.clear, old_tokens, fields=fields))
+
+    def _stored(self, data: TensorDict) -> list[str]:
+        """The tokens of the rows of `data`, which are in the store now."""
+        store: PayloadStore = self.storage_client.store
+        columns = columns_of(data)
+        return store.put_many(rows_of(data)) if columns is None else store.put_rows(columns)
 
     async def get_data(self, metadata: BatchMeta) -> TensorDict:
         """The fields and samples of `metadata`, as a storage of TransferQueue returns them.

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
+from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -118,6 +119,49 @@ def plan(
             (name, dtype, array.shape) for name, (_, array, dtype, _) in zip(structure.names, fitted, strict=True)
         ]
     return PackPlan(*build_header(fields, metadata, structure), sources, fitted)
+
+
+class RowsPlan:
+    """Rows of columns that are ready to be written as images of one layout, each of `nbytes` bytes.
+
+    Attributes:
+        count: the number of rows.
+        nbytes: bytes of each image.
+    """
+
+    __slots__ = ("_columns", "_header", "_layout", "count", "nbytes")
+
+    def __init__(self, header: npt.NDArray[np.uint8], layout: Layout, columns: list[Array], count: int) -> None:
+        self.count = count
+        self.nbytes: int = layout.nbytes
+        self._header = header
+        self._layout = layout
+        self._columns = columns
+
+    def write(self, targets: npt.NDArray[np.uint8], first: int = 0) -> None:
+        """Write the images of the rows from `first` on, one into each row of `targets`, of `nbytes` bytes each."""
+        targets[:, : len(self._header)] = self._header
+        rows = slice(first, first + len(targets))
+        for (shape, dtype, offset), column in zip(self._layout.tensors, self._columns, strict=True):
+            if nbytes := prod(shape) * dtype.itemsize:
+                target = targets[:, offset : offset + nbytes].view(dtype)
+                target[...] = column[rows].reshape(len(targets), -1)
+
+
+def plan_rows(columns: Mapping[str, Array]) -> RowsPlan:
+    """Return the plan of the images of the rows of `columns`; each is that of the row's arrays, see `plan`.
+
+    Raises:
+        PayloadFormatError: a name or dtype cannot be carried, there is no column, or their lengths differ.
+    """
+    lengths = {name: len(column) if column.ndim else None for name, column in columns.items()}
+    if len(set(lengths.values())) != 1 or None in lengths.values():
+        raise PayloadFormatError(f"columns must be arrays of one length, not of {printable_value(lengths)}")
+    arrays = list(columns.values())
+    header, layout = build_header(
+        [(name, column.dtype, column.shape[1:]) for name, column in columns.items()], None
+    )
+    return RowsPlan(header, layout, arrays, len(arrays[0]))
 
 
 class BlankPlan:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import get_args
+
+import numpy as np
+import numpy.typing as npt
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import ConfigError, PayloadError, PayloadTooLargeError, SlotError
@@ -158,6 +162,31 @@ class SharedRingBuffer(Closing):
                 bell.clear_locked()
                 if waits:
                     table.count_wait(deadline.elapsed)
+
+    def memory_of(self, writers: Sequence[SlotWriter]) -> Iterator[npt.NDArray[np.uint8]]:
+        """The memory of claimed slots in their order: the first bytes of each, as many as all of them have.
+
+        Slots that follow each other in the ring are the rows of one array, so that one copy writes to all of them.
+        Do not use it after a `commit` or `abort`.
+
+        Raises:
+            SlotError: one of them is committed or aborted.
+        """
+        table = self._table
+        for _, found in groupby(enumerate(writers), lambda each: each[1].slot - each[0]):
+            run = [writer for _, writer in found]
+            begin, end = (table.slots[each.slot].offset for each in (run[0], run[-1]))
+            nbytes = min(each.nbytes for each in run)
+            with table.lock:
+                self._open_table_locked()
+                for each in run:
+                    claimed = table.slots[each.slot].writer
+                    if claimed is None or claimed() is not each:
+                        why = "the slot is committed or aborted already"
+                        raise SlotError(why, slot=each.slot, sequence=each.sequence)
+                memory = table.view(begin, end - begin + nbytes)
+            apart = (end - begin) // max(1, len(run) - 1)
+            yield np.ndarray((len(run), nbytes), np.uint8, memory, strides=(apart, 1))
 
     def read_raw(self, slot: int, sequence: int, reader: int = 0) -> Lease:
         """Lease a committed payload, which other readers may have leased already.

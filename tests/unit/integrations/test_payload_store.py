@@ -184,6 +184,44 @@ def test_of_mappings_that_cannot_all_be_put_none_stays(store: PayloadStore) -> N
     assert store.get([kept])[0]["x"].size == 2 * MIB
 
 
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_rows_of_columns_come_back_as_payloads_of_their_own(rows: int) -> None:
+    random = np.random.default_rng(rows)
+    columns = {
+        "ids": random.integers(0, 1 << 30, (rows, 12_000), dtype=np.int32),
+        "mask": random.random((rows, 40)) < 0.5,
+        "reward": random.random(rows),
+    }
+    with (
+        PayloadStore(capacity_bytes=48 * MIB, slots=512) as store,
+        PayloadStore(capacity_bytes=MIB, slots=4) as other,
+    ):
+        # Slots are free in another order than they lie in, and some between them are not.
+        held = store.put_rows({"x": random.random((400, 2000))})
+        store.clear(token for number, token in enumerate(random.permutation(held)) if number % 10)
+        for reading in (store, other):
+            tokens = store.put_rows(columns)
+            found = reading.get(tokens)
+            assert list(found[0]) == list(columns)
+            for row, values in enumerate(found):
+                assert all(np.array_equal(values[name], column[row]) for name, column in columns.items())
+            assert other.clear(tokens) == rows
+        assert store.statistics().payloads == 40
+        assert store.statistics().put == 400 + 2 * rows
+
+
+def test_of_rows_that_cannot_all_be_put_none_stays(store: PayloadStore) -> None:
+    store.put({"x": np.zeros(2 * MIB, np.uint8)})
+    with pytest.raises(StoreFullError, match="no room"):
+        store.put_rows({"x": np.zeros((3, MIB), np.uint8)}, timeout=0.05)
+    with pytest.raises(StoreFullError, match="can never be in the store"):
+        store.put_rows({"x": np.zeros((4, MIB), np.uint8)}, timeout=60)
+    with pytest.raises(PayloadFormatError, match="one length"):
+        store.put_rows({"x": np.zeros(3), "y": np.zeros(4)})
+    assert store.statistics().payloads == 1
+    assert store.put_rows({"x": np.zeros((0, 5))}) == []
+
+
 def test_a_payload_that_no_slot_can_hold_names_the_argument() -> None:
     with PayloadStore(capacity_bytes=4 * MIB, slots=8, payload_bytes=MIB) as store:
         with pytest.raises(PayloadTooLargeError, match="payload_bytes = 1048576"):

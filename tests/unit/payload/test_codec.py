@@ -16,6 +16,7 @@ import safetensors.numpy
 
 from dray.errors import PayloadFormatError, PayloadTooLargeError, SchemaError
 from dray.payload import PayloadSchema, TensorSpec, header, max_nbytes, pack, plan, unpack, unpack_metadata
+from dray.payload.codec import plan_rows
 from dray.payload.schema import DTYPES
 
 # NumPy 1 has no such dtype.
@@ -121,6 +122,43 @@ def test_plan_writes_into_a_larger_target_and_leaves_the_rest_alone():
     planned.write(memoryview(target))
     assert unpack(target[: planned.nbytes])["x"].tolist() == [0, 1, 2, 3, 4]
     assert target[planned.nbytes :] == b"\xaa" * 10
+
+
+@pytest.mark.parametrize("apart", [0, 64], ids=["close", "apart"])
+def test_rows_of_columns_are_written_as_the_images_that_pack_makes_of_them(apart):
+    columns = {
+        "wide": sample("F32", (5, 3, 4)),
+        "halves": sample("BF16", (5, 7)),
+        "big endian": sample("I32", (5, 2)).astype(">i4"),
+        "number": sample("I64", (5,)),
+        "flags": sample("BOOL", (5, 9))[:, ::2],
+        "empty": sample("F64", (5, 0, 3)),
+        "transposed": sample("F64", (4, 5)).T,
+    }
+    planned = plan_rows(columns)
+    assert planned.count == 5
+    memory = np.full((7, planned.nbytes + apart), 0xAA, np.uint8)
+    planned.write(memory[1:4, : planned.nbytes])
+    planned.write(memory[4:6, : planned.nbytes], 3)
+    for row in range(5):
+        expected = pack({name: column[row, ...] for name, column in columns.items()})
+        assert memory[1 + row, : planned.nbytes].tobytes() == bytes(expected)
+    assert (memory[[0, 6]] == 0xAA).all()
+    assert (memory[:, planned.nbytes :] == 0xAA).all()
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"a": np.zeros(2), "b": np.zeros((3, 1))}, "one length"),
+        ({"a": np.zeros(())}, "one length"),
+        ({}, "one length"),
+        ({"a": np.zeros(2, "M8[s]")}, "datetime64"),
+    ],
+)
+def test_columns_without_one_length_or_of_other_dtypes_are_refused(columns, words):
+    with pytest.raises(PayloadFormatError, match=words):
+        plan_rows(columns)
 
 
 def test_a_plan_can_be_written_twice():

@@ -129,6 +129,23 @@ def test_writer_memory_is_writable_and_exactly_as_long_as_claimed() -> None:
         np.testing.assert_array_equal(np.frombuffer(lease.buffer), [1.5, 1.5, 1.5])
 
 
+def test_memory_of_writers_has_a_row_for_each_in_their_order() -> None:
+    with SharedRingBuffer(8, 100) as ring:
+        claimed = [ring.claim(40 + number, timeout=0) for number in range(8)]
+        writers = [claimed[number] for number in (5, 6, 7, 2, 0, 1)]
+        found = list(ring.memory_of(writers))
+        assert [rows.shape for rows in found] == [(3, 45), (1, 42), (2, 40)]
+        for number, row in enumerate([row for rows in found for row in rows]):
+            row[:] = number + 1
+        for number, writer in enumerate(writers):
+            assert set(bytes(writer.buffer)[:40]) == {number + 1}
+            writer.commit()
+        assert set(bytes(claimed[3].buffer)) == {0}
+        with pytest.raises(SlotError, match="committed or aborted already"):
+            list(ring.memory_of([claimed[3], claimed[5]]))
+        assert list(ring.memory_of([])) == []
+
+
 def test_several_leases_of_one_reader_may_be_alive_together() -> None:
     with SharedRingBuffer(1, 10) as ring:
         writer = put(ring, b"abc")
