@@ -5,6 +5,7 @@ from pathlib import Path
 
 from browser import browser, needs_browser
 from job_runner import CLASSES, JobRun, job_settings, running
+from test_ordered_recordings import recording
 
 # What a worker prints goes to its log as it is; what it raises is reported to the controller.
 HOSTILE = '<script>document.title = "broken"</script><img src=x onerror="document.title = 1">'
@@ -41,6 +42,10 @@ def test_browser_shows_a_job_until_it_fails_and_what_its_worker_prints_stays_tex
         assert window.url == url.partition("?")[0]
         (cookie,) = window.cookies()
         assert (cookie["httpOnly"], cookie["sameSite"], cookie["path"]) == (True, "Strict", "/")
+        with recording(job, tmp_path / "recording", "--payloads", "8") as command:
+            window.wait_for("recording into ", "#recording")
+            window.wait_for("recording has ended: 8 payloads", "#recording")
+            assert command.end() == 0, command.text
         plots = window.run(
             "return [...document.querySelectorAll('figure path')].map((each) => each.getAttribute('d'))"
         )

@@ -1,5 +1,6 @@
 """`dray record OUTPUT DIR`: a running job is recorded for as long as the command runs, and continues."""
 
+import codecs
 import os
 import re
 import select
@@ -41,6 +42,7 @@ class RecordCommand:
         words = ["record", str(job.output), str(folder), *options]
         self.process = subprocess.Popen([*DRAY, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.text = ""
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode
 
     def wait_for(self, words: str) -> None:
         """Read what the command prints until `words` come."""
@@ -50,7 +52,7 @@ class RecordCommand:
             assert select.select([self.process.stdout], [], [], deadline.remaining)[0], self.text
             chunk = os.read(self.process.stdout.fileno(), 65536)
             assert chunk, f"the command ended without printing {words!r}\n{self.text}"
-            self.text += chunk.decode()
+            self.text += self.decode(chunk)
 
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)
@@ -58,7 +60,7 @@ class RecordCommand:
     def end(self) -> int:
         """Wait for the end and return the exit code."""
         rest, _ = self.process.communicate(timeout=BOUND)
-        self.text += rest.decode()
+        self.text += self.decode(rest)
         return self.process.returncode
 
     def recorded(self) -> int:
@@ -116,6 +118,10 @@ def test_a_running_job_is_recorded_until_ctrl_c_and_the_recording_gives_another_
             wait_for_steps(job, 3)
             command.interrupt()
             assert command.end() == 0, command.text
+        top = subprocess.run(
+            [*DRAY, "top", "--once", str(job.output)], capture_output=True, text=True, timeout=BOUND
+        )
+        assert f"has ended: {command.recorded()} payloads" in " ".join(top.stdout.split())
         wait_for_steps(job, 2)
         job.process.send_signal(signal.SIGINT)
         assert job.end() == 130, job.story()

@@ -135,12 +135,14 @@ def _doing(member: MemberView) -> str:
 
 
 def _reports(view: JobView, width: int) -> list[RenderableType]:
-    """The outcome, the stall, and the last warnings; long ones are wrapped into at most three lines."""
+    """The outcome, the stall, the recording, and the last warnings, each in at most three lines."""
     found = []
     if view.outcome is not None:
         found.append((f"outcome: {view.outcome.kind}, {view.outcome.reason}", "bold"))
     if view.stall is not None:
         found.append((f"stall: {view.stall.line}", "yellow"))
+    if view.recording:
+        found.append((f"recording {view.recording}", "cyan"))
     found += [(f"warning: {each}", "yellow") for each in view.warnings[-_MAX_REPORTS:]]
     lines: list[RenderableType] = []
     for text, style in found:

@@ -26,6 +26,7 @@ def view_of(members: list[dict[str, Any]], **fields: Any) -> JobView:
         "members": members,
         "hidden_members": 0,
         "stall": None,
+        "recording": "",
         "stalls": [],
         "warnings": [],
         "log_lines": [],
@@ -86,8 +87,10 @@ def test_terminal_without_unicode_gets_bars_of_plain_characters() -> None:
 def test_text_of_the_job_neither_moves_the_cursor_nor_is_markup() -> None:
     hostile = "\x1b[2J[red]x[/red]\r\nnew"
     outcome = {"kind": "failed", "reason": hostile}
-    lines = drawn(view_of([member("policy-0", doing=hostile)], warnings=[hostile], outcome=outcome), width=160)
+    view = view_of([member("policy-0", doing=hostile)], warnings=[hostile], outcome=outcome, recording=hostile)
+    lines = drawn(view, width=160)
     escaped = "\\x1b[2J[red]x[/red] new"
+    assert f"recording {escaped}" in lines
     assert f"warning: {escaped}" in lines
     assert f"outcome: failed, {escaped}" in lines
     assert any(line.startswith(f"policy-0  {escaped}") for line in lines)

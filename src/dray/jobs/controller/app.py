@@ -258,7 +258,10 @@ class Controller:
         while self._viewer.number <= seen and not self.final.is_set() and not deadline.expired:
             await self._wait_for_change(deadline)
         log_lines = await asyncio.to_thread(self._log_lines)  # requests are answered meanwhile
-        return self._viewer.view(self.membership, self._stall.stall, self._running.elapsed, log_lines)
+        return self._viewer.view(
+            self.membership, self._stall.stall, self._running.elapsed,
+            log_lines=log_lines, recording=self._recording.line(),
+        )  # fmt: skip
 
     def _log_lines(self) -> list[LogLine]:
         return LogFiles(self._spec.folder.newest_logs, most=MAX_LOGS).last(MAX_LOG_LINES)

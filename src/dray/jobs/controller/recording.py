@@ -87,6 +87,17 @@ class JobRecording:
             problem=_LAPSED if self._lapsed else "" if report is None else report.problem,
         )
 
+    def line(self) -> str:
+        """The newest recording in words, for people who watch the job; empty if there was no order to record."""
+        if self._order is None:
+            return ""
+        state = self.state()
+        written = "nothing yet" if not state.began else f"{state.payloads} payloads"
+        if not state.ended:
+            return f"into {self._order.folder}: {written}"
+        why = f"; {state.problem}" if state.problem else ""
+        return f"into {self._order.folder} has ended: {written if state.began else 'nothing'}{why}"
+
     def _check(self, order: RecordingOrder) -> None:
         policy, phase = self._config.policy, self._membership.phase
         if policy.record is not None:

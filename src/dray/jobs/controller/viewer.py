@@ -72,7 +72,13 @@ class JobViewer:
         self._stalls.append(f"after {seconds:.0f} s: {printable(line, MAX_LINE)}")
 
     def view(
-        self, membership: Membership, stall: Stall | None, seconds: float, log_lines: Sequence[LogLine]
+        self,
+        membership: Membership,
+        stall: Stall | None,
+        seconds: float,
+        *,
+        log_lines: Sequence[LogLine],
+        recording: str = "",
     ) -> view.JobView:
         """The job at this moment, `seconds` after the controller began."""
         members = list(membership.members.values())
@@ -96,6 +102,7 @@ class JobViewer:
             members=[_member_view(each) for each in shown],
             hidden_members=len(members) - len(shown),
             stall=None if stall is None else stall.model_copy(update={"line": printable(stall.line, MAX_LINE)}),
+            recording=printable(recording, MAX_LINE),
             stalls=list(self._stalls),
             warnings=list(islice(_newest_warnings(members), view.MAX_WARNINGS_SHOWN))[::-1],
             log_lines=[(printable(each.name), printable(each.text, view.MAX_LOG_TEXT)) for each in log_lines],

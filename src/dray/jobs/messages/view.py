@@ -46,7 +46,8 @@ class JobView(Message):
 
     `number` rises with every sample of the figures and every change of the phase. `history` has a list for each
     figure and one of `seconds` since the controller began, all of one length; null is a figure that was not known.
-    `figures` has the newest value of each. `hidden_members` replicas are not among `members`.
+    `figures` has the newest value of each. `hidden_members` replicas are not among `members`. `recording` is about
+    the newest order to record the job, if there was one.
     """
 
     number: int
@@ -64,6 +65,7 @@ class JobView(Message):
     members: list[MemberView]
     hidden_members: int
     stall: Stall | None
+    recording: str
     stalls: list[str]
     warnings: list[str]
     log_lines: list[tuple[str, str]]

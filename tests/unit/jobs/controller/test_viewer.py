@@ -51,7 +51,7 @@ def test_text_of_users_and_peers_is_printable(viewer: JobViewer) -> None:
     job.left("rollout-0", "a", HOSTILE)
     viewer.note_stall(HOSTILE, 3.0)
     stall = Stall(line=HOSTILE, seconds=1.0, reports=1)
-    found = shown(viewer, job, stall=stall, log_lines=[LogLine("", HOSTILE, HOSTILE)])
+    found = shown(viewer, job, stall=stall, log_lines=[LogLine("", HOSTILE, HOSTILE)], recording=HOSTILE)
     policy, rollout = found.members
     assert (policy.doing, policy.waits_for, rollout.doing) == (ESCAPED, ESCAPED, ESCAPED)
     assert (found.transfer, found.lane, list(found.metrics)) == (ESCAPED, ESCAPED, [ESCAPED])
@@ -60,6 +60,7 @@ def test_text_of_users_and_peers_is_printable(viewer: JobViewer) -> None:
     assert found.outcome is not None
     assert (found.stall.line, found.outcome.reason) == (ESCAPED, ESCAPED)
     assert found.log_lines == [(ESCAPED, ESCAPED)]
+    assert found.recording == ESCAPED
 
 
 def test_view_is_bounded_whatever_replicas_report_and_however_long_the_job_runs(viewer: JobViewer) -> None:

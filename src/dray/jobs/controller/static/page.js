@@ -169,6 +169,8 @@ function show(view) {
   byId("transfer").textContent = [view.transfer, view.lane].filter(Boolean).join(", ");
   byId("stall").hidden = view.stall === null;
   byId("stall").textContent = view.stall === null ? "" : `stall: ${view.stall.line}`;
+  byId("recording").hidden = view.recording === "";
+  byId("recording").textContent = `recording ${view.recording}`;
   byId("plots").replaceChildren(...PLOTS.map((plot) => figure(plot, view)));
   byId("members").replaceChildren(...view.members.map(row));
   byId("hidden-members").hidden = view.hidden_members === 0;
