@@ -96,18 +96,18 @@ def test_an_order_that_is_not_sent_again_ends_and_does_not_come_back(job: Job) -
     assert f"silent for {ORDER_SECONDS:g} s" in state.problem
 
 
-def test_the_newest_recording_is_told_in_words(job: Job) -> None:
-    told = job.recording.line
-    assert told() == ""
+def test_the_newest_recording_is_described_in_words(job: Job) -> None:
+    described = job.recording.line
+    assert described() == ""
     job.recording.follow(ORDER)
-    assert told() == "into /recording: nothing yet"
+    assert described() == "into /recording: nothing yet"
     job.report(payloads=8)
-    assert told() == "into /recording: 8 payloads"
+    assert described() == "into /recording: 8 payloads"
     job.report(payloads=8, ended=True, problem="the disk is full")
-    assert told() == "into /recording has ended: 8 payloads; the disk is full"
+    assert described() == "into /recording has ended: 8 payloads; the disk is full"
     job.recording.follow(OTHER)
     job.report(id="second", first=None, ended=True)
-    assert told() == "into /other has ended: nothing"
+    assert described() == "into /other has ended: nothing"
 
 
 def test_a_second_order_is_refused_until_the_recording_of_the_first_has_ended(job: Job) -> None:
