@@ -80,9 +80,14 @@ class Token:
     ref: PayloadRef
     fields: int
 
+    def encode(self) -> str:
+        """The text: letters, digits and ``-_.``"""
+        ref = self.ref
+        return _text(_prefix(ref.producer, ref.endpoints), (ref.slot, ref.sequence, ref.nbytes, self.fields))
+
     @classmethod
     def decode(cls, text: str) -> Token:
-        """What is in the text of a token, which is not trusted.
+        """What `encode` wrote; the text is not trusted.
 
         Raises:
             ProtocolError: it is no token.
