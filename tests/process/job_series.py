@@ -119,7 +119,8 @@ class Plan:
 
 
 def _names(folder: Path) -> set[str]:
-    return {each.name for each in folder.iterdir()} if folder.exists() else set()
+    """What is below a folder for sockets; the folder `streams` of a user stays when it is empty."""
+    return {str(each.relative_to(folder)) for each in folder.rglob("*")} - {"streams"}
 
 
 def run_series(jobs: int, seed: int, *, first: int = 0, show: Callable[[str], None] | None = None) -> Counter[str]:
