@@ -34,7 +34,8 @@ class PrivateDirectory(Closing):
     """A fresh folder with mode 0700, locked while its process, or a child that inherits `lock`, is alive.
 
     Args:
-        root: where the folder is made; by default `default_root`. Folders there of dead processes are removed.
+        root: where the folder is made; by default `default_root`. Folders there of dead processes are removed now,
+            and at the end.
 
     Attributes:
         path: the folder.
@@ -65,7 +66,7 @@ class PrivateDirectory(Closing):
         return self.lock < 0
 
     def close(self) -> None:
-        """Remove the folder and its content. Twice is fine."""
+        """Remove the folder and its content, and those of dead processes beside it. Twice is fine."""
         if self.lock >= 0:
             with contextlib.suppress(OSError):
                 for path in self.path.iterdir():
@@ -76,6 +77,8 @@ class PrivateDirectory(Closing):
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self.lock)
             self.lock = -1
+            with contextlib.suppress(OSError), locked(self.path.parent, wait=False):
+                _sweep(self.path.parent)
 
 
 def default_root() -> Path:
@@ -110,12 +113,15 @@ def default_root() -> Path:
 
 
 @contextlib.contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Keep other processes from removing folders in `root` meanwhile: a new one without a lock would seem dead."""
+def locked(root: Path, *, wait: bool = True) -> Iterator[None]:
+    """Keep other processes from removing folders in `root` meanwhile: a new one without a lock would seem dead.
+
+    Without `wait`, it raises `BlockingIOError` if another process does so now.
+    """
     lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with needed("flock"):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(lock)

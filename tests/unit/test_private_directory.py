@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dray.errors import ConfigError
-from dray.private_directory import PrivateDirectory
+from dray.private_directory import PrivateDirectory, locked
 
 
 def test_only_its_owner_can_enter_and_closing_leaves_nothing(tmp_path: Path) -> None:
@@ -22,7 +22,8 @@ def test_only_its_owner_can_enter_and_closing_leaves_nothing(tmp_path: Path) -> 
     assert list(root.iterdir()) == []
 
 
-def test_folders_of_killed_owners_are_swept_and_those_of_live_ones_are_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("swept_by", ["the next folder", "the end of another"])
+def test_folders_of_killed_owners_are_swept_and_those_of_live_ones_are_not(tmp_path: Path, swept_by: str) -> None:
     root = tmp_path / "r"
     program = (
         "import sys, pathlib, dray.private_directory as p\n"
@@ -35,15 +36,24 @@ def test_folders_of_killed_owners_are_swept_and_those_of_live_ones_are_not(tmp_p
     with owner:
         assert owner.stdout is not None
         theirs = Path(owner.stdout.readline().strip())
-        mine = PrivateDirectory(root)
+        mine, other = PrivateDirectory(root), PrivateDirectory(root)
+        other.close()
         assert (theirs / "0.sock").exists()
         owner.kill()
         owner.wait(10)
-    other = PrivateDirectory(root)
-    assert not theirs.exists()
-    assert mine.path.exists()
+    if swept_by == "the next folder":
+        with PrivateDirectory(root):
+            assert not theirs.exists()
+            assert mine.path.exists()
     mine.close()
-    other.close()
+    assert not theirs.exists()
+
+
+def test_the_end_of_a_folder_does_not_wait_for_another_process_that_makes_one(tmp_path: Path) -> None:
+    mine = PrivateDirectory(tmp_path / "r")
+    with locked(tmp_path / "r"):
+        mine.close()
+    assert not mine.path.exists()
 
 
 def test_foreign_things_in_the_root_stay(tmp_path: Path) -> None:
