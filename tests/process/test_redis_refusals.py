@@ -131,6 +131,26 @@ def test_a_refusal_is_waited_out_with_one_line_although_reads_are_answered(
     assert ["answers again after" in message for message in messages] == [False, True]
 
 
+def test_an_answer_to_what_was_sent_before_a_refusal_does_not_end_it(
+    server: RedisServer, admin: RedisClient
+) -> None:
+    def write(client: RedisClient) -> object:
+        return client.do("SET", KEYS.rollouts, 1)
+
+    with RedisConnection(server.address) as connection:
+
+        def write_before_a_refusal(client: RedisClient) -> object:
+            answer = write(client)
+            with replica_of_nothing(admin), pytest.raises(RedisUnavailableError, match="READONLY"):
+                connection.call("write", write, now())
+            return answer
+
+        assert connection.call("write", write_before_a_refusal, Deadline.after(30)) == b"OK"
+        assert connection.away_for > 0
+        assert connection.call("write", write, Deadline.after(30)) == b"OK"
+        assert connection.away_for == 0
+
+
 def test_a_permanent_refusal_is_an_error_that_states_for_how_long_and_with_which_answer(
     server: RedisServer, admin: RedisClient
 ) -> None:

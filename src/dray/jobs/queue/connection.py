@@ -373,6 +373,7 @@ class RedisConnection(Closing):
                     endpoint=str(self.address),
                     elapsed=deadline.elapsed,
                 )
+            began = MONOTONIC.now()
             try:
                 result = operation(client or self._client)
             except exceptions.RedisError as error:
@@ -397,7 +398,7 @@ class RedisConnection(Closing):
                     ) from cause
                 self.shutdown.wait(min(next(pauses), deadline.remaining, self.patience - away))
             else:
-                self._note_back(reads_only=reads_only)
+                self._note_back(began, reads_only=reads_only)
                 return result
 
     def poll(
@@ -454,13 +455,16 @@ class RedisConnection(Closing):
             logger.warning("Redis at %s %s (%s); trying again", self.address, state, answer)
         return away
 
-    def _note_back(self, *, reads_only: bool) -> None:
+    def _note_back(self, began: float, *, reads_only: bool) -> None:
+        """What began at this time has succeeded: that ends an outage, unless it was sent before the outage."""
         if self._away_since is None or (reads_only and self._refuses_writes_only):
             return
         with self._lock:
-            since, self._away_since = self._away_since, None
-        if since is not None:
-            logger.info("Redis at %s answers again after %.1f s", self.address, MONOTONIC.now() - since)
+            since = self._away_since
+            if since is None or began < since:
+                return
+            self._away_since = None
+        logger.info("Redis at %s answers again after %.1f s", self.address, MONOTONIC.now() - since)
 
 
 def block_ms(deadline: Deadline) -> int:
