@@ -226,7 +226,13 @@ def test_payload_that_the_stream_does_not_list_is_reclaimed(tmp_path: Path) -> N
         def newest(client: Any) -> Any:
             return client.do("XREVRANGE", keys.rollouts, "+", "-", "COUNT", 1)
 
+        def not_read(client: Any) -> int:
+            (group,) = client.do("XINFO", "GROUPS", keys.rollouts)
+            return int(dict(zip(group[::2], group[1::2], strict=True))[b"lag"] or 0)
+
         with RedisConnection(RedisAddress(spec.redis_url)) as connection:
+            # The policy reads 8 at a time, and trains on them for a while: the newest one is not read soon.
+            job.wait_until(lambda: connection.call("look", not_read, Deadline.after(5)) > 8, "9 unread entries")
             ((entry, fields),) = connection.call("look", newest, Deadline.after(5))
             identity = fields[1] + b":" + fields[3]
             connection.call("lose", lambda client: client.do("XDEL", keys.rollouts, entry), Deadline.after(5))
