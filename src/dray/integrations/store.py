@@ -220,7 +220,7 @@ class PayloadStore(Closing):
         """
         planned = [(plan(values), len(values)) for values in mappings]
 
-        def write(writers: Sequence[SlotWriter]) -> None:
+        def write(_ring: SharedRingBuffer, writers: Sequence[SlotWriter]) -> None:
             for (each, _), writer in zip(planned, writers, strict=True):
                 each.write(writer.buffer)
 
@@ -239,9 +239,8 @@ class PayloadStore(Closing):
             PayloadError, StoreFullError, BufferClosedError: as for `put`.
         """
         rows = plan_rows(columns)
-        ring, _ = self._opened()
 
-        def write(writers: Sequence[SlotWriter]) -> None:
+        def write(ring: SharedRingBuffer, writers: Sequence[SlotWriter]) -> None:
             def write_part(part: range) -> None:
                 first = part.start
                 for memory in ring.memory_of(writers[part.start : part.stop]):
@@ -252,8 +251,11 @@ class PayloadStore(Closing):
             if len(parts) == 1:
                 write_part(parts[0])
                 return
-            with ThreadPoolExecutor(len(parts), "dray-copy") as threads:
+            threads = ThreadPoolExecutor(len(parts), "dray-copy")
+            try:
                 list(threads.map(write_part, parts))
+            finally:
+                _join(threads)
 
         return self._put([rows.nbytes] * rows.count, [len(columns)] * rows.count, write, timeout)
 
@@ -261,7 +263,7 @@ class PayloadStore(Closing):
         self,
         sizes: Sequence[int],
         fields: Sequence[int],
-        write: Callable[[Sequence[SlotWriter]], None],
+        write: Callable[[SharedRingBuffer, Sequence[SlotWriter]], None],
         timeout: float | None,
     ) -> list[str]:
         """Have `write` fill slots for payloads of these sizes and numbers of fields; returns their tokens."""
@@ -279,7 +281,7 @@ class PayloadStore(Closing):
                 writers.append(ring.claim(nbytes, max(0.0, deadline.remaining)))
             if len(set(sizes)) == 1:  # any payload fits into any of the slots, and neighbors are copied together
                 writers.sort(key=lambda each: each.slot)
-            write(writers)
+            write(ring, writers)
             for each in writers:
                 each.commit()
         except BaseException as error:
@@ -288,17 +290,14 @@ class PayloadStore(Closing):
             if isinstance(error, PayloadTooLargeError):
                 self._check_sizes(sizes)
             if isinstance(error, BufferFullError):
-                raise self._full(
-                    ring, f"no room for {wanted} bytes in {len(sizes)} payloads", deadline.elapsed
-                ) from error
+                what = f"no room for {wanted} bytes in {len(sizes)} payloads"
+                raise self._full(ring, what, deadline.elapsed) from error
             raise
         self._counters.add("put", len(sizes))
         self._counters.add("put_bytes", wanted)
         prefix = _prefix(ring.producer_id, server.ref(0, 0, 0).endpoints)
-        return [
-            _text(prefix, (each.slot, each.sequence, each.nbytes, count))
-            for each, count in zip(writers, fields, strict=True)
-        ]
+        placed = zip(writers, fields, strict=True)
+        return [_text(prefix, (each.slot, each.sequence, each.nbytes, count)) for each, count in placed]
 
     def _check_sizes(self, sizes: Iterable[int]) -> None:
         largest = max(sizes)
@@ -556,6 +555,15 @@ def _begin_in_child() -> None:
 
 
 call_in_children(_begin_in_child)
+
+
+def _join(threads: ThreadPoolExecutor) -> None:
+    """Wait for the end of threads that copy, whatever a signal handler raises: their slots are given back then."""
+    try:
+        threads.shutdown()
+    except BaseException:
+        _join(threads)
+        raise
 
 
 def _parts(rows: int, nbytes: int) -> list[range]:
